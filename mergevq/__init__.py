@@ -1,0 +1,58 @@
+"""MergeVQ: an image tokenizer that merges similar patches, and what is built on its tokens.
+
+The public names are loaded on first use, so that `import mergevq` and `mergevq --help` stay fast.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "MergeVQ": "mergevq.tokenizer.model",
+    "TokenizerConfig": "mergevq.tokenizer.config",
+    "MergedTokens": "mergevq.tokens",
+    "save_tokens": "mergevq.tokens",
+    "load_tokens": "mergevq.tokens",
+    "SourceMap": "mergevq.merging",
+    "LFQ": "mergevq.quantize",
+    "Quantized": "mergevq.quantize",
+    "read_images": "mergevq.data.images",
+    "write_images": "mergevq.data.images",
+    "train_tokenizer": "mergevq.training.tokenizer",
+    "evaluate_reconstruction": "mergevq.evaluation.reconstruction",
+    "MergeVQError": "mergevq.errors",
+}
+_SUBMODULES = ("presets", "convert", "errors")
+
+__all__ = ["__version__", *_PUBLIC, *_SUBMODULES]
+
+if TYPE_CHECKING:
+    from mergevq import convert as convert
+    from mergevq import errors as errors
+    from mergevq import presets as presets
+    from mergevq.data.images import read_images as read_images
+    from mergevq.data.images import write_images as write_images
+    from mergevq.errors import MergeVQError as MergeVQError
+    from mergevq.evaluation.reconstruction import evaluate_reconstruction as evaluate_reconstruction
+    from mergevq.merging import SourceMap as SourceMap
+    from mergevq.quantize import LFQ as LFQ
+    from mergevq.quantize import Quantized as Quantized
+    from mergevq.tokenizer.config import TokenizerConfig as TokenizerConfig
+    from mergevq.tokenizer.model import MergeVQ as MergeVQ
+    from mergevq.tokens import MergedTokens as MergedTokens
+    from mergevq.tokens import load_tokens as load_tokens
+    from mergevq.tokens import save_tokens as save_tokens
+    from mergevq.training.tokenizer import train_tokenizer as train_tokenizer
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    if name in _SUBMODULES:
+        return import_module(f"mergevq.{name}")
+    raise AttributeError(f"module 'mergevq' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
