@@ -1,0 +1,1 @@
+"""Images, folders, views and the embedded data set."""

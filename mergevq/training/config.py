@@ -1,0 +1,167 @@
+"""Everything a training run depends on, as frozen dataclasses. No torch is imported here."""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from mergevq.errors import ConfigError
+from mergevq.tokenizer.config import TokenizerConfig
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the loss terms, under the names the terms have in logs. A module exists only if its weight is positive."""
+
+    reconstruction: float = 1.0
+    """Pixels."""
+    perceptual: float = 1.0
+    """Features of a frozen network."""
+    adversarial: float = 0.1
+    """Fooling the discriminator."""
+    commitment: float = 0.25
+    """Codes near -1 or +1 before the sign."""
+    entropy: float = 0.1
+    """Decided bits for each token, a used codebook over all tokens."""
+    recovery: float = 0.5
+    """Predicting the source map from the codes."""
+    alignment: float = 1.0
+    """Class token near the frozen teacher."""
+    lecam: float = 0.01
+    """Regularizer of the discriminator."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    weights: LossWeights = field(default_factory=LossWeights)
+    pixel: Literal["l1", "l2"] = "l1"
+    """Norm of the reconstruction term."""
+    perceptual: Literal["lpips", "lite0"] = "lpips"
+    """lpips: VGG16 with LPIPS weights (downloaded). lite0: EfficientNet-Lite0 from its package (offline)."""
+    adversarial: Literal["non_saturating", "hinge"] = "non_saturating"
+    """What the autoencoder minimises; the discriminator always minimises the hinge."""
+    disc_start: int = 0
+    """Optimizer step at which the discriminator and the adversarial term begin."""
+    disc_channels: int = 64
+    """Width of the discriminator's first layer."""
+    disc_layers: int = 3
+    """Strided layers of the discriminator."""
+    lecam_decay: float = 0.999
+    """Decay of the running logits of LeCam."""
+    alignment: Literal["kl", "cosine", "labels"] = "kl"
+    """Distance to the teacher, or cross-entropy with the labels."""
+    alignment_temperature: float = 4.0
+    """Softness of both sides of kl."""
+    teacher: str = "vit_base_patch14_dinov2.lvd142m"
+    """A timm model name, or lite0 for EfficientNet-Lite0 from its package (offline)."""
+    recovery_gradient: bool = True
+    """Let the recovery loss move the encoder through the codes (straight-through)."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str = "embedded"
+    """Folder of images, with or without class subfolders, or the word embedded."""
+    val: str = ""
+    """Folder of held-out images; empty takes them from `train` (the embedded set has its own split)."""
+    val_fraction: float = 0.02
+    """Share of `train` held out when `val` is empty; decided by a hash of each file's name."""
+    crop: Literal["random", "center"] = "random"
+    """Where the square is cut after the short side was resized."""
+    flip: bool = False
+    """Mirror half of the training images."""
+    workers: int = 2
+    """Processes that read images, for each training process; 0 reads in the training process."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 1e-4
+    """Peak learning rate of the autoencoder."""
+    disc_lr: float = 1e-4
+    """Peak learning rate of the discriminator."""
+    betas: tuple[float, float] = (0.5, 0.9)
+    """Adam's decay rates."""
+    weight_decay: float = 0.0
+    """AdamW's, on matrices only."""
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up."""
+    schedule: Literal["constant", "cosine", "step"] = "constant"
+    """After the warm-up."""
+    final_lr: float = 0.0
+    """Where cosine ends, as a fraction of the peak."""
+    decay_at: tuple[float, ...] = (0.85, 0.95)
+    """step: parts of the run after which the rate is divided by ten."""
+    clip_norm: float = 0.0
+    """Largest gradient norm of each network; 0 does not clip."""
+    ema_decay: float = 0.999
+    """Decay of the averaged weights, once per optimizer step."""
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    steps: int = 100_000
+    """Optimizer steps."""
+    minutes: float = 0.0
+    """Stop after this much training time even if steps are left; the schedule follows whichever is further. 0 sets no limit."""
+    batch_size: int = 16
+    """Images in a micro-batch of one process."""
+    accumulate: int = 1
+    """Micro-batches in an optimizer step."""
+    num_tokens: tuple[int, ...] = (144,)
+    """Numbers of kept tokens to draw from, one draw per optimizer step."""
+    num_tokens_probs: tuple[float, ...] = ()
+    """Their probabilities; empty is uniform."""
+    val_num_tokens: tuple[int, ...] = (256, 144, 64)
+    """Numbers of kept tokens in validation and in image grids."""
+    val_every: int = 5_000
+    """Optimizer steps between validations (which also write the model and the images)."""
+    val_images: int = 1_000
+    """Held-out images looked at in a validation."""
+    save_every: int = 1_000
+    """Optimizer steps between saved training states."""
+    log_every: int = 50
+    """Optimizer steps between log lines."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """Arithmetic of the networks; quantization, losses and weights stay float32."""
+    seed: int = 0
+    """Of everything random."""
+    deterministic: bool = False
+    """Use deterministic kernels only (slower on a GPU)."""
+    channels_last: bool = False
+    """Memory order of convolutions."""
+
+
+@dataclass(frozen=True)
+class TokenizerRun:
+    """A complete description of a tokenizer's training; `train_tokenizer(run, out)` runs it."""
+
+    model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+    def __post_init__(self) -> None:
+        # A module exists only if its loss is on.
+        for name in ("recovery", "alignment"):
+            part, weight = getattr(self.model, name), getattr(self.loss.weights, name)
+            if part.enabled and weight == 0:
+                model = replace(self.model, **{name: replace(part, enabled=False)})
+                object.__setattr__(self, "model", model)
+            elif weight > 0 and not part.enabled:
+                raise ConfigError(f"loss.weights.{name} is {weight} but model.{name}.enabled is false: enable it or set the weight to 0")
+        loop = self.loop
+        if loop.num_tokens_probs and len(loop.num_tokens_probs) != len(loop.num_tokens):
+            raise ConfigError(
+                f"loop.num_tokens_probs needs {len(loop.num_tokens)} entries, one for each of loop.num_tokens, got {len(loop.num_tokens_probs)}"
+            )
+        for k in (*loop.num_tokens, *loop.val_num_tokens):
+            if not 1 <= k <= self.model.num_patches:
+                raise ConfigError(f"loop.num_tokens and loop.val_num_tokens must lie in 1..{self.model.num_patches}, got {k}")
+        for name in ("steps", "batch_size", "accumulate", "val_every", "save_every", "log_every", "val_images"):
+            if getattr(loop, name) < 1:
+                raise ConfigError(f"loop.{name} must be at least 1, got {getattr(loop, name)}")
+        if not loop.num_tokens or not loop.val_num_tokens:
+            raise ConfigError("loop.num_tokens and loop.val_num_tokens need at least one entry")
+        if self.loss.weights.adversarial == 0 and self.loss.weights.lecam > 0:
+            weights = replace(self.loss.weights, lecam=0.0)
+            object.__setattr__(self, "loss", replace(self.loss, weights=weights))
