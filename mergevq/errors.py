@@ -29,6 +29,10 @@ class DataError(MergeVQError, ValueError):
     """Images are missing, unreadable or unsuitable."""
 
 
+class WriteError(MergeVQError, OSError):
+    """A file cannot be written: the disk is full, or the place does not allow it. What was there before is untouched."""
+
+
 class OutputExistsError(MergeVQError, FileExistsError):
     """Something is already where the result should go."""
 
