@@ -1,12 +1,14 @@
 """Token merging: which tokens are alike, how many to merge in each layer, and where every patch went.
 
-Written from the paper: Bolya et al., "Token Merging: Your ViT But Faster" (arXiv 2210.09461). Tokens travel as `[B, 1 + n, D]` with the class token in
-front; it is never merged. Where a patch went is an index, never a matrix: following it through a layer is one gather, and so is unmerging.
+Written from the paper: Bolya et al., "Token Merging: Your ViT But Faster" (arXiv 2210.09461). Tokens travel as `[B, 1 +
+n, D]` with the class token in front; it is never merged. Where a patch went is an index, never a matrix: following it
+through a layer is one gather, and so is unmerging.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -23,7 +25,8 @@ class SourceMap:
 
     Attributes:
         index: patch l of image b went into kept token `index[b, l]`.
-        num_tokens: K of each image; rows with a smaller K than the largest are padded wherever tokens have an axis of their own.
+        num_tokens: K of each image; rows with a smaller K than the largest are padded wherever tokens have an axis of
+            their own.
     """
 
     index: Int[Tensor, "B L"]
@@ -65,7 +68,9 @@ class SourceMap:
         return unmerge(tokens, self.index)
 
     def sizes(self) -> Int[Tensor, "B K"]:
-        """Returns the number of patches of each kept token; they sum to L. Padding (and an unused token of a predicted map) is 0."""
+        """Returns the number of patches of each kept token; they sum to L. Padding (and an unused token of a predicted
+        map) is 0.
+        """
         zeros = self.index.new_zeros(self.index.shape[0], self._width())
         return zeros.scatter_add(1, self.index, torch.ones_like(self.index))
 
@@ -86,7 +91,7 @@ class SourceMap:
         return int(self.num_tokens.max()) if self.num_tokens.numel() else 0
 
 
-# ---------------------------------------------------------------------------------------------------------------- on plain tensors
+# ----------------------------------------------------------------------------------------------------- on plain tensors
 
 
 def unmerge(tokens: Float[Tensor, "B K C"], source: Int[Tensor, "B L"]) -> Float[Tensor, "B L C"]:
@@ -105,9 +110,9 @@ def first_positions(source: Int[Tensor, "B L"], num_tokens: int) -> Int[Tensor, 
 def match_tokens(metric: Float[Tensor, "B T D"], num_merged: int) -> Int[Tensor, "B T"]:
     """Finds the `num_merged` most similar pairs by bipartite soft matching and says where every token goes.
 
-    Tokens at even positions each pick their most similar token at odd positions (cosine, float32); the best `num_merged` of these pairs are merged into
-    the odd one. The class token at position 0 takes part in the counting and is never merged. Afterwards the remaining even tokens come first, in order,
-    then all odd ones.
+    Tokens at even positions each pick their most similar token at odd positions (cosine, float32); the best
+    `num_merged` of these pairs are merged into the odd one. The class token at position 0 takes part in the counting
+    and is never merged. Afterwards the remaining even tokens come first, in order, then all odd ones.
 
     Args:
         metric: what similarity is measured on, class token first.
@@ -124,7 +129,7 @@ def match_tokens(metric: Float[Tensor, "B T D"], num_merged: int) -> Int[Tensor,
     best, partner = scores.max(-1)
     best = torch.cat([best.new_full((best.shape[0], 1), -torch.inf), best[:, 1:]], 1)
     # Stable, so that equal scores (flat image areas) are resolved alike on every run.
-    order = best.argsort(-1, descending=True, stable=True)
+    order = best.argsort(dim=-1, descending=True, stable=True)
     merged = torch.zeros_like(best, dtype=torch.bool).scatter(1, order[:, :num_merged], True)
     num_left = even.shape[1] - num_merged
     target = torch.empty(metric.shape[:2], dtype=torch.int64, device=metric.device)
@@ -189,7 +194,7 @@ def sort_by_raster(
     return unmerge(x, order), rank.gather(1, source)
 
 
-# ------------------------------------------------------------------------------------------------------------------------ schedules
+# ------------------------------------------------------------------------------------------------------------ schedules
 
 ScheduleKind = Literal["linear", "constant", "squared"]
 
@@ -203,16 +208,17 @@ def merge_schedule(
 ) -> tuple[int, ...]:
     """Returns how many tokens each of `depth` layers merges so that `num_tokens` of `num_patches` are kept.
 
-    A layer can merge at most half of its patch tokens. With overflow "carry" what does not fit goes to the next layer, and what is left after the last one is
-    added to it (`match_and_merge` then does further rounds), so K is met exactly for every K and depth. With "clip" it is dropped, and K may be missed: the
-    way of the authors' release, which also allows `num_tokens` below 1 here.
+    A layer can merge at most half of its patch tokens. With overflow "carry" what does not fit goes to the next layer,
+    and what is left after the last one is added to it (`match_and_merge` then does further rounds), so K is met exactly
+    for every K and depth. With "clip" it is dropped, and K may be missed: the way of the authors' release, which also
+    allows `num_tokens` below 1 here.
 
     Args:
         num_patches: L.
         num_tokens: K, 1 .. L.
         depth: number of layers.
-        kind: linear falls from 1.5 to 0.5 times the mean (the release); constant; squared falls with ((depth - i) / depth)^2 (the paper names it, without a
-            formula).
+        kind: linear falls from 1.5 to 0.5 times the mean (the release); constant; squared falls with ((depth - i) /
+            depth)^2 (the paper names it, without a formula).
         overflow: carry or clip.
 
     Raises:
@@ -237,7 +243,9 @@ def merge_schedule(
 
 @lru_cache(maxsize=4096)
 def merge_counts(num_merged: int, depth: int, kind: ScheduleKind = "linear") -> tuple[int, ...]:
-    """Returns `num_merged` spread over `depth` layers, regardless of what a layer can merge; the first entry may be negative."""
+    """Returns `num_merged` spread over `depth` layers, regardless of what a layer can merge; the first entry may be
+    negative.
+    """
     if kind == "linear":
         counts = _nearest_linear(num_merged, depth)
     elif kind == "constant":
@@ -245,13 +253,15 @@ def merge_counts(num_merged: int, depth: int, kind: ScheduleKind = "linear") -> 
     else:
         weights = [(depth - i) ** 2 for i in range(depth)]
         edges = [round(num_merged * sum(weights[:i]) / sum(weights)) for i in range(depth + 1)]
-        counts = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+        counts = [b - a for a, b in pairwise(edges)]
     counts[0] += num_merged - sum(counts)
     return tuple(counts)
 
 
 def _nearest_linear(num_merged: int, depth: int) -> list[int]:
-    """Returns the linearly falling list (1.5 r to 0.5 r, truncated) whose sum is nearest to `num_merged` over the mean r."""
+    """Returns the linearly falling list (1.5 r to 0.5 r, truncated) whose sum is nearest to `num_merged` over the mean
+    r.
+    """
     best, best_gap = [0] * depth, num_merged
     for mean in range(1, num_merged + 1):
         high = int(1.5 * mean)

@@ -1,6 +1,7 @@
 """What a tokenizer is made of. Plain frozen dataclasses: importing them loads no torch.
 
-`TokenizerConfig` checks itself and says what would be right. `config_to_dict` and `config_from_dict` carry it through model files.
+`TokenizerConfig` checks itself and says what would be right. `config_to_dict` and `config_from_dict` carry it through
+model files.
 """
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -48,7 +49,9 @@ class MergingConfig:
     schedule: Literal["linear", "constant", "squared"] = "linear"
     """How the merges are spread over the attention blocks."""
     overflow: Literal["carry", "clip"] = "carry"
-    """What happens when a block is asked to merge more than half: carry hits K exactly, clip drops the rest (the release)."""
+    """What happens when a block is asked to merge more than half: carry hits K exactly, clip drops the rest (the
+    release).
+    """
     order: Literal["raster", "merge"] = "raster"
     """Order of the kept tokens: by first raster position, or as merging leaves them (the release)."""
 
@@ -78,7 +81,9 @@ class DecoderConfig:
     output_stride: int = 1
     """Pixels drawn at once by the last convolution; mirrors the encoder's `stem_stride`."""
     upsample: Literal["shuffle", "nearest"] = "shuffle"
-    """shuffle: convolution to four times the channels and depth-to-space. nearest: repeat, then convolve (no dot texture)."""
+    """shuffle: convolution to four times the channels and depth-to-space. nearest: repeat, then convolve (no dot
+    texture).
+    """
     depth: int = 12
     """Attention blocks with a depth-wise convolution in their MLP."""
     heads: int = 8
@@ -118,7 +123,9 @@ class AlignmentConfig:
     blocks: int = 0
     """Attention blocks between the encoder and the head."""
     view_tokens: Literal["fraction", "same_count"] = "fraction"
-    """Kept tokens of a smaller view: the same fraction as of the full image, or the same number of merges (the release)."""
+    """Kept tokens of a smaller view: the same fraction as of the full image, or the same number of merges (the
+    release).
+    """
 
 
 @dataclass(frozen=True)
@@ -154,19 +161,25 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         enc, dec = self.encoder, self.decoder
+        _require(enc.stem_stride in (1, 2), f"encoder.stem_stride must be 1 or 2, got {enc.stem_stride}")
+        _require(dec.output_stride in (1, 2), f"decoder.output_stride must be 1 or 2, got {dec.output_stride}")
         _require(1 <= self.num_bits <= 30, f"num_bits must be 1..30, got {self.num_bits}")
         for name, part in (("encoder", enc), ("decoder", dec)):
             if name == "decoder" or enc.kind == "hybrid":
                 _require(
                     len(part.blocks) == len(part.multipliers),
-                    f"{name}.blocks and {name}.multipliers need one entry a level, got {len(part.blocks)} and {len(part.multipliers)}",
+                    f"{name}.blocks and {name}.multipliers need one entry a level, got {len(part.blocks)} and "
+                    f"{len(part.multipliers)}",
                 )
+                _require(min(part.blocks) >= 1, f"{name}.blocks must be at least 1 in each level, got {part.blocks}")
                 for width in {part.channels * m for m in part.multipliers}:
                     _require(
                         width % self.num_groups == 0,
                         f"{name} widths must be multiples of num_groups {self.num_groups}, got {width}",
                     )
-            _require(part.width % part.heads == 0, f"{name} width {part.width} must be a multiple of its {part.heads} heads")
+            _require(
+                part.width % part.heads == 0, f"{name} width {part.width} must be a multiple of its {part.heads} heads"
+            )
             _require(part.width % 4 == 0, f"{name} width {part.width} must be a multiple of 4")
             _require(part.depth >= 1, f"{name}.depth must be at least 1, got {part.depth}")
         _require(
@@ -179,9 +192,12 @@ class TokenizerConfig:
         )
         _require(
             1 <= self.num_tokens <= self.num_patches,
-            f"num_tokens must be 1..{self.num_patches} (image_size {self.image_size}, downsampling {enc.downsampling}), got {self.num_tokens}",
+            f"num_tokens must be 1..{self.num_patches} (image_size {self.image_size}, downsampling "
+            f"{enc.downsampling}), got {self.num_tokens}",
         )
-        _require(self.quantizer.temperature > 0, f"quantizer.temperature must be positive, got {self.quantizer.temperature}")
+        _require(
+            self.quantizer.temperature > 0, f"quantizer.temperature must be positive, got {self.quantizer.temperature}"
+        )
         _require(
             self.quantizer.scope != "grouped" or sum(self.quantizer.groups) == self.num_bits,
             f"quantizer.groups must sum to num_bits {self.num_bits}, got {self.quantizer.groups}",

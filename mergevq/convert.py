@@ -1,0 +1,317 @@
+"""The authors' checkpoints, read into our model: an explicit table from their key names to ours, strict both ways.
+
+The release defines two things differently from our defaults, and the converted configuration says so: it does not
+normalise before the sign, and it leaves the kept tokens in the order that merging produces. Its decoder takes the
+source map from the encoder; nothing in it can predict one.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mergevq.errors import CheckpointError, ConfigError, MissingDependencyError
+from mergevq.files import load_strict
+from mergevq.merging import merge_counts
+from mergevq.tokenizer.config import (
+    AlignmentConfig,
+    DecoderConfig,
+    EncoderConfig,
+    MergingConfig,
+    QuantizerConfig,
+    RecoveryConfig,
+    TokenizerConfig,
+)
+from mergevq.tokenizer.model import MergeVQ
+
+# Networks that the authors' training state also holds and that are no part of the tokenizer: discriminator and LPIPS,
+# the DINOv2 teacher, averaged copies (read
+# apart), and a recovery model that no optimizer of theirs trains.
+_NOT_TOKENIZER = ("loss.", "dist_model.", "model_ema.", "recovery.", "quantize.")
+
+# Options of their configuration that change nothing in a trained tokenizer: training only, or constants of every
+# tokenizer.
+_WITHOUT_EFFECT = {
+    "double_z",
+    "cand_distribution",
+    "model_path",
+    "drop_path",
+    "use_flash_attn",
+    "init_values",
+    "dropout",
+    "learn_source",
+}
+_KNOWN = _WITHOUT_EFFECT | {
+    "z_channels",
+    "resolution",
+    "in_channels",
+    "out_ch",
+    "ch",
+    "ch_mult",
+    "num_res_blocks",
+    "num_res_extra",
+    "num_att_blocks",
+    "num_heads",
+    "head_dim",
+    "isotropic",
+    "merge_num",
+    "merge_ratio",
+    "dist_head",
+    "num_classes",
+    "num_rep_blocks",
+}
+
+
+def tokenizer_from_release(
+    state_dict: Mapping[str, Tensor], ddconfig: Mapping[str, Any], *, weights: Literal["auto", "ema", "raw"] = "auto"
+) -> MergeVQ:
+    """Returns our tokenizer with the weights of the authors' code.
+
+    Args:
+        state_dict: their tensors by their names (`encoder.…`, `decoder.…`); other networks of a training state are
+            recognised and left out.
+        ddconfig: their network options, as in the `ddconfig` of their configuration files.
+        weights: take the averaged weights (`model_ema.…`), the last ones, or the averaged ones where there are any. The
+            authors evaluate averaged ones.
+
+    Raises:
+        ConfigError: an option is unknown or impossible.
+        CheckpointError: a tensor is missing, unexpected or misshaped.
+    """
+    config = config_from_release(ddconfig)
+    model = MergeVQ(config)
+    table = release_keys(config)
+    averaged = any(name.startswith("model_ema.encoder") for name in state_dict)
+    if weights == "ema" and not averaged:
+        raise CheckpointError(
+            "expected averaged weights (model_ema.…) in the checkpoint, found none: ask for weights='raw'"
+        )
+    use_ema = averaged and weights != "raw"
+    ours: dict[str, Tensor] = {}
+    missing = []
+    for name, theirs in table.items():
+        stored = "model_ema." + theirs.replace(".", "") if use_ema else theirs
+        if stored in state_dict:
+            tensor = state_dict[stored].float()
+            # Their 1x1 convolution to the codes is our linear layer.
+            ours[name] = tensor.flatten(1) if name == "encoder.code_out.weight" else tensor
+        else:
+            missing.append(stored)
+    expected = set(table.values())
+    unexpected = [n for n in state_dict if n not in expected and not n.startswith(_NOT_TOKENIZER)]
+    if missing or unexpected:
+        raise CheckpointError(
+            "the checkpoint does not fit its configuration: "
+            f"{len(missing)} tensors missing ({', '.join(missing[:10])}), {len(unexpected)} unexpected ({', '.join(unexpected[:10])})"
+        )
+    load_strict(model, ours, "the checkpoint")
+    return model.eval()
+
+
+def read_release(
+    checkpoint: str | Path, config: str | Path, *, weights: Literal["auto", "ema", "raw"] = "auto"
+) -> MergeVQ:
+    """Returns our tokenizer from the authors' files.
+
+    Args:
+        checkpoint: their `.ckpt`, or a `.safetensors` with their key names.
+        config: their YAML configuration, or a JSON or YAML file with the `ddconfig` alone.
+        weights: see `tokenizer_from_release`.
+
+    Raises:
+        ConfigError: the configuration cannot be read.
+        CheckpointError: the checkpoint cannot be read, or does not fit.
+    """
+    return tokenizer_from_release(_read_checkpoint(Path(checkpoint)), _read_ddconfig(Path(config)), weights=weights)
+
+
+def config_from_release(ddconfig: Mapping[str, Any]) -> TokenizerConfig:
+    """Returns our configuration for the authors' network options.
+
+    Raises:
+        ConfigError: an option is unknown or impossible.
+    """
+    unknown = sorted(set(ddconfig) - _KNOWN)
+    if unknown:
+        raise ConfigError(f"expected the network options of the release, got unknown {', '.join(unknown)}")
+    needed = [name for name in ("z_channels", "resolution", "ch", "ch_mult", "num_att_blocks") if name not in ddconfig]
+    if needed:
+        raise ConfigError(f"expected the network options of the release, {', '.join(needed)} missing")
+    for name in ("in_channels", "out_ch"):
+        if ddconfig.get(name, 3) != 3:
+            raise ConfigError(f"expected {name} 3, got {ddconfig[name]}: only colour images are supported")
+    channels, multipliers = int(ddconfig["ch"]), tuple(int(m) for m in ddconfig["ch_mult"])
+    levels, depth, size = len(multipliers), int(ddconfig["num_att_blocks"]), int(ddconfig["resolution"])
+    blocks = ddconfig.get("num_res_blocks", 4)
+    if isinstance(blocks, int):
+        enc_blocks = (blocks,) * levels
+        dec_blocks = (blocks, *(blocks + int(ddconfig.get("num_res_extra", 1)),) * (levels - 1))
+    else:
+        enc_blocks = dec_blocks = tuple(int(b) for b in blocks)
+    heads, head_dim = int(ddconfig.get("num_heads", 8)), ddconfig.get("head_dim")
+    isotropic = int(ddconfig.get("isotropic") or 0)
+    width = isotropic or channels * multipliers[-1]
+
+    def num_heads(width: int) -> int:
+        return heads if not head_dim else max(width // int(head_dim), heads)
+
+    downsampling = 2 ** (levels - 1)
+    patches = (size // downsampling) ** 2
+    merged = ddconfig.get("merge_num")
+    if merged is None:
+        ratio = int(ddconfig.get("merge_ratio") or 0)
+        merged = sum(merge_counts(ratio * depth, depth)) if ratio else 0
+    head = ddconfig.get("dist_head")
+    return TokenizerConfig(
+        image_size=size,
+        num_bits=int(ddconfig["z_channels"]),
+        num_tokens=max(1, patches - int(merged)),
+        encoder=EncoderConfig(
+            kind="vit" if isotropic else "hybrid",
+            channels=channels,
+            multipliers=multipliers,
+            blocks=enc_blocks,
+            patch_size=downsampling,
+            vit_width=isotropic or 768,
+            depth=depth,
+            heads=num_heads(width),
+            position="none",
+        ),
+        merging=MergingConfig(overflow="clip", order="merge"),
+        quantizer=QuantizerConfig(norm="none", temperature=0.01, scope="local", eps=1e-5),
+        decoder=DecoderConfig(
+            channels=channels,
+            multipliers=multipliers,
+            blocks=dec_blocks,
+            depth=depth,
+            heads=num_heads(channels * multipliers[-1]),
+        ),
+        recovery=RecoveryConfig(enabled=False),
+        alignment=AlignmentConfig(
+            enabled=bool(head),
+            head="three" if head == "layer3" else "two",
+            teacher_dim=int(ddconfig.get("num_classes") or width),
+            blocks=int(ddconfig.get("num_rep_blocks") or 0),
+            view_tokens="same_count",
+        ),
+    )
+
+
+def release_keys(config: TokenizerConfig) -> dict[str, str]:
+    """Returns the table from our tensor names to the authors', for every tensor of a tokenizer with this
+    configuration.
+    """
+    enc, dec, n = config.encoder, config.decoder, len(config.decoder.multipliers)
+    table = {
+        "encoder.class_token": "encoder.attn.cls_token",
+        **_both("encoder.norm_out", "encoder.norm_out"),
+        **_both("encoder.code_out", "encoder.conv_out"),
+        **_both("decoder.conv_in", "decoder.conv_in"),
+        **_both("decoder.position", "decoder.attn.pos_embed"),
+        **_both("decoder.norm_out", "decoder.norm_out"),
+        **_both("decoder.out", "decoder.conv_out"),
+    }
+    if enc.kind == "vit":
+        table |= _both("encoder.stem.conv", "encoder.conv_in.0") | _both("encoder.stem.norm", "encoder.conv_in.1")
+    else:
+        table["encoder.stem.conv_in.weight"] = "encoder.conv_in.weight"
+        width = enc.channels
+        for i, count in enumerate(enc.blocks):
+            out = enc.channels * enc.multipliers[i]
+            for j in range(count):
+                table |= _residual(f"encoder.stem.levels.{i}.{j}", f"encoder.down.{i}.block.{j}", width != out)
+                width = out
+            if i < n - 1:
+                table |= _both(f"encoder.stem.downsample.{i}", f"encoder.down.{i}.downsample")
+    for i in range(enc.depth):
+        table |= _transformer(f"encoder.blocks.{i}", f"encoder.attn.blocks.{i}")
+    if config.alignment.enabled:
+        for i in range(config.alignment.blocks):
+            table |= _transformer(f"alignment.blocks.{i}", f"encoder.rep_attn.blocks.{i}")
+        for i in (0, 2, 4) if config.alignment.head == "three" else (0, 2, 3):
+            table |= _both(f"alignment.layers.{i}", f"encoder.dist_head.{i}")
+    for i in range(dec.depth):
+        table |= _transformer(f"decoder.blocks.{i}", f"decoder.attn.blocks.{i}")
+        table |= _both(f"decoder.blocks.{i}.mlp.dwconv", f"decoder.attn.blocks.{i}.mlp.dwconv")
+    widths = [dec.channels * m for m in dec.multipliers]
+    for i, count in enumerate(dec.blocks):
+        width = widths[min(i + 1, n - 1)]
+        for j in range(count):
+            table |= _residual(f"decoder.levels.{i}.{j}", f"decoder.up.{i}.block.{j}", width != widths[i])
+            width = widths[i]
+        table |= _both(f"decoder.adaptive.{i}.gamma", f"decoder.adaptive.{i}.gamma")
+        table |= _both(f"decoder.adaptive.{i}.beta", f"decoder.adaptive.{i}.beta")
+        if i > 0:
+            table |= _both(f"decoder.upsample.{i - 1}.conv", f"decoder.up.{i}.upsample.conv1")
+    return table
+
+
+def _both(ours: str, theirs: str) -> dict[str, str]:
+    return {f"{ours}.weight": f"{theirs}.weight", f"{ours}.bias": f"{theirs}.bias"}
+
+
+def _residual(ours: str, theirs: str, shortcut: bool) -> dict[str, str]:
+    table = _both(f"{ours}.norm1", f"{theirs}.norm1") | _both(f"{ours}.norm2", f"{theirs}.norm2")
+    table |= {f"{ours}.{name}.weight": f"{theirs}.{name}.weight" for name in ("conv1", "conv2")}
+    if shortcut:
+        table[f"{ours}.shortcut.weight"] = f"{theirs}.nin_shortcut.weight"
+    return table
+
+
+def _transformer(ours: str, theirs: str) -> dict[str, str]:
+    table = {f"{ours}.ls1": f"{theirs}.ls1.gamma", f"{ours}.ls2": f"{theirs}.ls2.gamma"}
+    for name in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"):
+        table |= _both(f"{ours}.{name}", f"{theirs}.{name}")
+    return table
+
+
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"expected a checkpoint file, {path} is not there")
+    if path.suffix == ".safetensors":
+        from mergevq.files import load_tensors
+
+        return load_tensors(path)[0]
+    try:
+        # The one place where a pickle is read, and only by the restricted reader that builds nothing but tensors and
+        # plain containers.
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} holds more than tensors or is damaged, and is not unpickled: where it can be trusted, re-save it "
+            "with "
+            "safetensors.torch.save_file(torch.load(path)['state_dict'], 'x.safetensors')"
+        ) from error
+    content = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
+        raise CheckpointError(f"expected a checkpoint with a state_dict of tensors in {path}")
+    return content
+
+
+def _read_ddconfig(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"expected the configuration file of the checkpoint, {path} is not there")
+    try:
+        if path.suffix == ".json":
+            content = json.loads(path.read_text())
+        else:
+            try:
+                import yaml
+            except ImportError as error:
+                raise MissingDependencyError("reading YAML needs: pip install 'mergevq[convert]'") from error
+            content = yaml.safe_load(path.read_text())
+        content = content.get("model", content)
+        content = content.get("init_args", content)
+        content = content.get("ddconfig", content)
+    except (AttributeError, UnicodeDecodeError, ValueError) as error:
+        raise ConfigError(f"expected YAML or JSON with a ddconfig in {path}, got {type(error).__name__}") from error
+    except Exception as error:
+        if type(error).__module__.startswith("yaml"):
+            raise ConfigError(f"expected YAML with a ddconfig in {path}: it cannot be parsed") from error
+        raise
+    if not isinstance(content, dict):
+        raise ConfigError(f"expected YAML or JSON with a ddconfig in {path}, got {type(content).__name__}")
+    return content

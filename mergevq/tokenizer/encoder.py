@@ -1,0 +1,136 @@
+"""The encoder: convolutions or patches, then attention in which tokens are merged, then one vector of N numbers per
+kept token.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from mergevq.layers.attention import TransformerBlock, init_transformer
+from mergevq.layers.blocks import ResidualBlock
+from mergevq.layers.norm import TokenGroupNorm
+from mergevq.layers.position import sinusoid_grid
+from mergevq.merging import match_and_merge, sort_by_raster
+from mergevq.tokenizer.config import EncoderConfig, TokenizerConfig
+
+
+class EncoderOutput(NamedTuple):
+    """What the attention stack leaves. `tokens` are the semantic tokens Z_K of the paper, before quantization."""
+
+    tokens: Float[Tensor, "B K D"]
+    class_token: Float[Tensor, "B D"]
+    source: Int[Tensor, "B L"]
+    sizes: Float[Tensor, "B K"]
+
+
+class ConvStem(nn.Module):
+    """Levels of residual blocks, each at half the resolution of the one before (MAGVIT-v2 style)."""
+
+    def __init__(self, config: EncoderConfig, num_groups: int) -> None:
+        super().__init__()
+        widths = [config.channels * m for m in config.multipliers]
+        # The stride-2 stem of small models reads 4x4 pixels, so that every pixel counts equally.
+        kernel = 3 if config.stem_stride == 1 else 2 * config.stem_stride
+        padding = (kernel - config.stem_stride + 1) // 2
+        self.conv_in = nn.Conv2d(3, config.channels, kernel, config.stem_stride, padding, bias=False)
+        self.levels = nn.ModuleList()
+        self.downsample = nn.ModuleList()
+        width = config.channels
+        for i, (out, count) in enumerate(zip(widths, config.blocks, strict=True)):
+            blocks = [ResidualBlock(width if j == 0 else out, out, num_groups) for j in range(count)]
+            self.levels.append(nn.Sequential(*blocks))
+            width = out
+            if i < len(widths) - 1:
+                self.downsample.append(nn.Conv2d(width, width, 3, 2, 1))
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D rows columns"]:
+        x = self.conv_in(images)
+        for i, level in enumerate(self.levels):
+            x = level(x)
+            if i < len(self.downsample):
+                x = self.downsample[i](x)
+        return x
+
+
+class PatchStem(nn.Module):
+    """Non-overlapping patches through one linear map, each channel normalised over the grid."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, config.width, config.patch_size, config.patch_size)
+        self.norm = nn.GroupNorm(config.width, config.width, eps=1e-6)
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D rows columns"]:
+        x: Tensor = self.norm(self.conv(images))
+        return x
+
+
+class MergingBlock(TransformerBlock):
+    """A transformer block that merges tokens between its attention and its MLP (ToMe, section 3)."""
+
+    def merge(
+        self,
+        x: Float[Tensor, "B T D"],
+        sizes: Float[Tensor, "B T"] | None,
+        source: Int[Tensor, "B L"],
+        num_merged: int,
+    ) -> tuple[Float[Tensor, "B T2 D"], Float[Tensor, "B T2"] | None, Int[Tensor, "B L"]]:
+        """Returns the tokens, sizes and source after this block; `sizes` is None as long as nothing has been merged."""
+        update, keys = self.attn(self.norm1(x), sizes)
+        x = x + self.ls1 * update
+        if num_merged > 0:
+            if sizes is None:
+                sizes = x.new_ones(x.shape[:2])
+            x, sizes, source = match_and_merge(x, sizes, source, keys.detach(), num_merged)
+        return x + self.ls2 * self.mlp(self.norm2(x)), sizes, source
+
+
+class Encoder(nn.Module):
+    """Images to K semantic tokens, a class token and the source map (equations 1 to 3 and 7 of the paper)."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        enc = config.encoder
+        self.position = enc.position
+        self.order = config.merging.order
+        self.stem = ConvStem(enc, config.num_groups) if enc.kind == "hybrid" else PatchStem(enc)
+        self.class_token = nn.Parameter(torch.randn(1, 1, enc.width) * 1e-6)
+        self.blocks = nn.ModuleList(MergingBlock(enc.width, enc.heads, config.layer_scale) for _ in range(enc.depth))
+        self.norm_out = TokenGroupNorm(config.num_groups, enc.width, eps=1e-6)
+        self.code_out = nn.Linear(enc.width, config.num_bits)
+        init_transformer(self.blocks)
+
+    def forward(self, images: Float[Tensor, "B 3 H W"], schedule: tuple[int, ...]) -> EncoderOutput:
+        """Returns the kept tokens and where each patch went.
+
+        Args:
+            images: in [-1, 1]; the downsampling divides both sides.
+            schedule: tokens merged in each block, from `merge_schedule`.
+        """
+        features = self.stem(images)
+        grid = features.shape[-2:]
+        # The residual stream is float32 under autocast as well: merging averages it and the codes are its signs.
+        x = features.flatten(2).mT.float()
+        if self.position == "sincos":
+            x = x + sinusoid_grid(grid[0], grid[1], x.shape[-1], x.device)
+        source = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+        x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], 1)
+        sizes = None
+        for block, num_merged in zip(self.blocks, schedule, strict=True):
+            assert isinstance(block, MergingBlock)
+            x, sizes, source = block.merge(x, sizes, source, num_merged)
+        class_token, tokens = x[:, 0], x[:, 1:]
+        if sizes is None:
+            return EncoderOutput(tokens, class_token, source, torch.ones_like(tokens[..., 0]))
+        if self.order == "raster":
+            joined, source = sort_by_raster(torch.cat([tokens, sizes[:, 1:, None]], -1), source)
+            return EncoderOutput(joined[..., :-1], class_token, source, joined[..., -1])
+        return EncoderOutput(tokens, class_token, source, sizes[:, 1:])
+
+    def to_codes(self, tokens: Float[Tensor, "B K D"]) -> Float[Tensor, "B K N"]:
+        """Returns the N numbers of each token whose signs are its code."""
+        out: Tensor = self.code_out(silu(self.norm_out(tokens)))
+        return out.float()

@@ -1,0 +1,43 @@
+"""The identity of a tokenizer: what its tokens depend on, hashed."""
+
+import hashlib
+import json
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mergevq.tokenizer.config import TokenizerConfig, config_to_dict
+
+# Hashing takes a moment at real sizes, and every encode and decode asks. The key of an entry changes whenever a weight
+# is written in place or moved, so a model keeps no state of its own.
+_KNOWN: "weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]]" = weakref.WeakKeyDictionary()
+
+
+def fingerprint(config: TokenizerConfig, encoder: nn.Module) -> str:
+    """Returns the SHA-256 of the encoder's weights and of the parts of the configuration that shape codes, in hex."""
+    tensors = encoder.state_dict()
+    key = tuple((t.data_ptr(), t._version) for t in tensors.values())
+    known = _KNOWN.get(encoder)
+    if known is None or known[0] != key:
+        known = (key, _hash(config, tensors))
+        _KNOWN[encoder] = known
+    return known[1]
+
+
+def _hash(config: TokenizerConfig, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    shape = {
+        "num_bits": config.num_bits,
+        "num_groups": config.num_groups,
+        "encoder": config_to_dict(config.encoder),
+        "merging": config_to_dict(config.merging),
+        "norm": config.quantizer.norm,
+    }
+    digest.update(json.dumps(shape, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        # The same numbers give the same identity on every device and in every memory layout.
+        digest.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

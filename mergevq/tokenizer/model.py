@@ -1,0 +1,362 @@
+"""MergeVQ, the tokenizer: images to merged tokens and back."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mergevq import __version__
+from mergevq.errors import CheckpointError, ShapeError, TokenFileError
+from mergevq.files import (
+    check_format,
+    find_model_file,
+    load_strict,
+    load_tensors,
+    refuse_existing,
+    save_tensors,
+)
+from mergevq.merging import SourceMap, check_num_tokens, merge_schedule, unmerge
+from mergevq.quantize import LFQ, Quantized, codes_to_index, index_to_codes, sign_codes
+from mergevq.tokenizer.alignment import AlignmentHead
+from mergevq.tokenizer.config import TokenizerConfig, config_from_dict, config_to_dict
+from mergevq.tokenizer.decoder import Decoder
+from mergevq.tokenizer.encoder import Encoder, EncoderOutput
+from mergevq.tokenizer.fingerprint import fingerprint
+from mergevq.tokenizer.inputs import check_images
+from mergevq.tokenizer.recovery import SourceRecovery
+from mergevq.tokens import MergedTokens
+
+KIND = "tokenizer/1"
+
+
+class TokenizerOutput(NamedTuple):
+    """What one training forward gives."""
+
+    reconstruction: Float[Tensor, "B 3 H W"]
+    quantized: Quantized
+    source: Int[Tensor, "B L"]
+    recovery_logits: Float[Tensor, "B L K"] | None
+
+
+class MergeVQ(nn.Module):
+    """A tokenizer that merges the L patches of an image into K semantic tokens of N bits.
+
+    `encode` returns everything that `decode` needs; the model remembers nothing between calls. K is an argument: any 1
+    <= K <= L, per call or per image. Images are float `[B, 3, H, W]` in [-1, 1]; H and W are any multiples of the
+    downsampling.
+
+    Args:
+        config: what to build; see `mergevq.presets.tokenizer`.
+
+    Reference: Li et al., "MergeVQ: A Unified Framework for Visual Generation and Representation with Disentangled Token
+        Merging and Quantization" (CVPR 2025, arXiv 2504.00999).
+    """
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        quant = config.quantizer
+        self.encoder = Encoder(config)
+        self.quantizer = LFQ(
+            config.num_bits,
+            norm=quant.norm,
+            temperature=quant.temperature,
+            scope=quant.scope,
+            groups=quant.groups,
+            eps=quant.eps,
+        )
+        self.decoder = Decoder(config)
+        self.recovery = SourceRecovery(config) if config.recovery.enabled else None
+        self.alignment = AlignmentHead(config) if config.alignment.enabled else None
+
+    # -------------------------------------------------------------------------------------------------------- inference
+
+    @torch.no_grad()
+    def encode(
+        self,
+        images: Float[Tensor, "B 3 H W"],
+        num_tokens: int | Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> MergedTokens:
+        """Returns the tokens of the images, with their source map.
+
+        Args:
+            images: float in [-1, 1]; the downsampling divides H and W.
+            num_tokens: K for all images, or one K per image, 1 .. L; None is `config.num_tokens` (at most L).
+            dtype: arithmetic of the networks, for example torch.bfloat16. None is float32, also inside autocast: that
+                is how tokens are defined.
+
+        Raises:
+            ShapeError: images or num_tokens are not as described, or hold numbers that are not finite.
+        """
+        grid = check_images(images, self.config.downsampling)
+        asked_counts = check_num_tokens(
+            self._default_tokens(grid) if num_tokens is None else num_tokens, images.shape[0], grid[0] * grid[1]
+        )
+        # A converted model may miss K where it would have to merge more than half at once; what it keeps instead is
+        # what counts.
+        kept = {count: grid[0] * grid[1] - sum(self._schedule(grid, count)) for count in sorted(set(asked_counts))}
+        counts = [kept[count] for count in asked_counts]
+        device = images.device
+        index = torch.zeros(images.shape[0], max(counts), dtype=torch.int64, device=device)
+        source = torch.zeros(images.shape[0], grid[0] * grid[1], dtype=torch.int64, device=device)
+        with _arithmetic(device, dtype):
+            for asked, count in kept.items():
+                rows = [b for b, k in enumerate(asked_counts) if k == asked]
+                out = self._encode(images if len(rows) == len(counts) else images[rows], asked)
+                z = self.quantizer.normalize(self.encoder.to_codes(out.tokens))
+                index[rows, :count] = codes_to_index(sign_codes(z))
+                source[rows] = out.source
+        num = torch.tensor(counts, device=device)
+        return MergedTokens(index, SourceMap(source, num), grid, self.config.num_bits, self.fingerprint(), num)
+
+    @torch.no_grad()
+    def decode(self, tokens: MergedTokens) -> Float[Tensor, "B 3 H W"]:
+        """Returns images drawn from the tokens alone: the decoder's output, unclamped.
+
+        With `tokens.source` None the recovery model predicts which patches each token covers (all of them in order if K
+        = L).
+
+        Raises:
+            ShapeError: the tokens have another number of bits.
+            TokenFileError: another tokenizer made the tokens.
+            CheckpointError: the source is missing and this model has no recovery.
+        """
+        if tokens.num_bits != self.config.num_bits:
+            raise ShapeError(
+                f"expected tokens of {self.config.num_bits} bits, got {tokens.num_bits}: another tokenizer made them"
+            )
+        if tokens.tokenizer is not None and tokens.tokenizer != self.fingerprint():
+            raise TokenFileError(
+                f"expected tokens of tokenizer {self.fingerprint()[:12]}, got tokens of {tokens.tokenizer[:12]}: "
+                "decode them with the model that made them"
+            )
+        device = self.encoder.class_token.device
+        tokens = tokens.to(device)
+        with _arithmetic(device, None):
+            codes = index_to_codes(tokens.index, tokens.num_bits)
+            source = tokens.source.index if tokens.source is not None else self._recover(codes, tokens)
+            grid_codes = unmerge(codes, source).mT.unflatten(2, tokens.grid)
+            out: Tensor = self.decoder(grid_codes)
+        return out
+
+    def recover(self, tokens: MergedTokens) -> MergedTokens:
+        """Returns the tokens with the source map that the recovery model predicts; a token may get no patch.
+
+        Raises:
+            CheckpointError: this model has no recovery.
+        """
+        tokens = tokens.to(self.encoder.class_token.device)
+        with torch.no_grad(), _arithmetic(tokens.index.device, None):
+            source = self._recover(index_to_codes(tokens.index, tokens.num_bits), tokens)
+        return MergedTokens(
+            tokens.index,
+            SourceMap(source, tokens.num_tokens),
+            tokens.grid,
+            tokens.num_bits,
+            tokens.tokenizer,
+            tokens.num_tokens,
+        )
+
+    def reconstruct(
+        self, images: Float[Tensor, "B 3 H W"], num_tokens: int | Sequence[int] | None = None
+    ) -> Float[Tensor, "B 3 H W"]:
+        """Returns `decode(encode(images, num_tokens))`."""
+        return self.decode(self.encode(images, num_tokens))
+
+    def features(self, images: Float[Tensor, "B 3 H W"], num_tokens: int | None = None) -> Float[Tensor, "B D"]:
+        """Returns the class token as the attention stack leaves it, before the alignment head. Differentiable.
+
+        Args:
+            images: float in [-1, 1].
+            num_tokens: K; None merges nothing.
+        """
+        grid = check_images(images, self.config.downsampling)
+        count = grid[0] * grid[1] if num_tokens is None else num_tokens
+        check_num_tokens(count, images.shape[0], grid[0] * grid[1])
+        return self._encode(images, count).class_token
+
+    def align(self, images: Float[Tensor, "B 3 H W"], num_tokens: int | None = None) -> Float[Tensor, "B Dt"]:
+        """Returns the alignment head's output, comparable with the teacher's. Differentiable.
+
+        Args:
+            images: float in [-1, 1], usually a smaller view.
+            num_tokens: K of a full image of `config.image_size`; `config.alignment.view_tokens` decides how many a
+                smaller view keeps. None merges nothing.
+
+        Raises:
+            ShapeError: images or num_tokens are not as described.
+            CheckpointError: this model has no alignment head.
+        """
+        check_images(images, self.config.downsampling)
+        full = self.config.num_patches
+        count = full if num_tokens is None else num_tokens
+        check_num_tokens(count, images.shape[0], full)
+        return self.forward_alignment(images, count)
+
+    # --------------------------------------------------------------------------------------------------------- training
+
+    def forward(
+        self, images: Float[Tensor, "B 3 H W"], num_tokens: int, recovery_gradient: bool = True
+    ) -> TokenizerOutput:
+        """Returns what the losses need. Checks nothing; `train_tokenizer` calls it.
+
+        Args:
+            images: float in [-1, 1].
+            num_tokens: K.
+            recovery_gradient: let the recovery logits' gradient pass through the codes into the encoder
+                (straight-through).
+        """
+        out = self._encode(images, num_tokens)
+        grid = self._grid(images)
+        with torch.autocast(images.device.type, enabled=False):
+            quantized = self.quantizer(self.encoder.to_codes(out.tokens.float()))
+        codes = quantized.codes
+        reconstruction = self.decoder(unmerge(codes, out.source).mT.unflatten(2, grid))
+        logits = None
+        if self.recovery is not None:
+            num = torch.full((images.shape[0],), num_tokens, device=images.device)
+            logits = self.recovery(codes if recovery_gradient else codes.detach(), num, grid)
+        return TokenizerOutput(reconstruction, quantized, out.source, logits)
+
+    def forward_alignment(self, view: Float[Tensor, "B 3 H W"], num_tokens: int) -> Float[Tensor, "B Dt"]:
+        """Returns the alignment head's output for a view, given K of the full image. Checks nothing but that there is a
+        head.
+        """
+        if self.alignment is None:
+            raise CheckpointError(
+                "expected a tokenizer with an alignment head, this one has none (alignment.enabled is false)"
+            )
+        grid = self._grid(view)
+        patches, full = grid[0] * grid[1], self.config.num_patches
+        if self.config.alignment.view_tokens == "fraction":
+            kept = max(1, round(num_tokens * patches / full))
+        else:
+            kept = patches - (full - num_tokens)
+        out = self._encode(view, kept)
+        prediction: Tensor = self.alignment(torch.cat([out.class_token[:, None], out.tokens], 1))
+        return prediction
+
+    # ------------------------------------------------------------------------------------------------------------ files
+
+    def fingerprint(self) -> str:
+        """Returns the SHA-256 of everything the tokens depend on: the encoder's weights and the parts of the
+        configuration that shape codes.
+
+        Training the decoder, recovery or alignment further does not change it.
+        """
+        return fingerprint(self.config, self.encoder)
+
+    def save_pretrained(self, path: str | Path, *, step: int = 0, force: bool = False) -> Path:
+        """Writes weights and configuration to one `.safetensors` file, atomically; a folder gets `model.safetensors`.
+        Returns the file.
+
+        Args:
+            path: file ending in .safetensors, or a folder.
+            step: optimizer steps the model was trained for, kept in the header.
+            force: replace an existing file.
+
+        Raises:
+            OutputExistsError: there is a file already.
+            ShapeError: a weight is not finite.
+        """
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            path = path / "model.safetensors"
+        refuse_existing(path, force)
+        tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
+        broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+        if broken:
+            raise ShapeError(
+                f"expected finite weights, got NaN or infinity in {', '.join(broken[:3])}: nothing was saved"
+            )
+        header = {
+            "mergevq": KIND,
+            "version": __version__,
+            "config": json.dumps(config_to_dict(self.config)),
+            "step": str(step),
+            "fingerprint": self.fingerprint(),
+        }
+        save_tensors(path, tensors, header)
+        return path
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, device: torch.device | str = "cpu") -> "MergeVQ":
+        """Returns the tokenizer in a file, a folder or a Hugging Face hub repository, in evaluation mode.
+
+        Args:
+            name: file ending in .safetensors, a folder with `model.safetensors`, or a hub id like `owner/model`.
+            device: where to put it.
+
+        Raises:
+            CheckpointError: there is no such model, it is damaged or of another kind, or weights are missing,
+                unexpected or misshaped.
+        """
+        path = find_model_file(name)
+        tensors, header = load_tensors(path)
+        config = read_config(header, path)
+        with torch.device("meta"):
+            model = cls(config)
+        model.to_empty(device="cpu")
+        load_strict(model, tensors, str(path))
+        return model.to(device).eval()
+
+    # ---------------------------------------------------------------------------------------------------------- private
+
+    def _encode(self, images: Tensor, num_tokens: int) -> EncoderOutput:
+        out: EncoderOutput = self.encoder(images, self._schedule(self._grid(images), num_tokens))
+        return out
+
+    def _schedule(self, grid: tuple[int, int], num_tokens: int) -> tuple[int, ...]:
+        merging = self.config.merging
+        return merge_schedule(
+            grid[0] * grid[1], num_tokens, self.config.encoder.depth, merging.schedule, merging.overflow
+        )
+
+    def _recover(self, codes: Tensor, tokens: MergedTokens) -> Tensor:
+        num_patches = tokens.grid[0] * tokens.grid[1]
+        identity = torch.arange(num_patches, device=codes.device).expand(codes.shape[0], -1)
+        if codes.shape[1] == num_patches and bool((tokens.num_tokens == num_patches).all()):
+            return identity
+        if self.recovery is None:
+            raise CheckpointError(
+                "expected tokens with a source map: this tokenizer has no recovery model that could predict it "
+                "(recovery.enabled is false)"
+            )
+        predicted = self.recovery(codes, tokens.num_tokens, tokens.grid).argmax(-1)
+        return torch.where(tokens.num_tokens[:, None] == num_patches, identity, predicted)
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        down = self.config.downsampling
+        return images.shape[-2] // down, images.shape[-1] // down
+
+    def _default_tokens(self, grid: tuple[int, int]) -> int:
+        return min(self.config.num_tokens, grid[0] * grid[1])
+
+
+def read_config(header: dict[str, str], path: Path) -> TokenizerConfig:
+    """Returns the configuration in a model file's header.
+
+    Raises:
+        CheckpointError: it is missing or cannot be understood.
+    """
+    check_format(header, KIND, path)
+    try:
+        return config_from_dict(TokenizerConfig, json.loads(header["config"]))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: expected a tokenizer configuration in the header, got one that is not: {error}"
+        ) from error
+
+
+@contextmanager
+def _arithmetic(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+    with torch.autocast(
+        device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None and dtype != torch.float32
+    ):
+        yield
