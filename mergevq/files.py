@@ -367,5 +367,6 @@ def _promised_size(path: Path) -> int:
         file.seek(8)
         with suppress(ValueError, TypeError, LookupError):
             header = json.loads(file.read(header_size))
-            return 8 + header_size + max(e["data_offsets"][1] for k, e in header.items() if k != "__metadata__")
+            ends: list[int] = [e["data_offsets"][1] for name, e in header.items() if name != "__metadata__"]
+            return 8 + header_size + max(ends)
         return 8 + header_size
