@@ -1,15 +1,17 @@
 """Everything a training run depends on, as frozen dataclasses. No torch is imported here."""
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from mergevq.errors import ConfigError
-from mergevq.tokenizer.config import TokenizerConfig
+from mergevq.tokenizer.config import TokenizerConfig, config_to_dict
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of the loss terms, under the names the terms have in logs. A module exists only if its weight is positive."""
+    """Weights of the loss terms, under the names the terms have in logs. A module exists only if its weight is
+    positive.
+    """
 
     reconstruction: float = 1.0
     """Pixels."""
@@ -101,7 +103,9 @@ class LoopConfig:
     steps: int = 100_000
     """Optimizer steps."""
     minutes: float = 0.0
-    """Stop after this much training time even if steps are left; the schedule follows whichever is further. 0 sets no limit."""
+    """Stop after this much training time even if steps are left; the schedule follows whichever is further. 0 sets no
+    limit.
+    """
     batch_size: int = 16
     """Images in a micro-batch of one process."""
     accumulate: int = 1
@@ -131,6 +135,22 @@ class LoopConfig:
 
 
 @dataclass(frozen=True)
+class HardwareConfig:
+    """Where a run happens. Not part of `TokenizerRun`: the same run may go on elsewhere."""
+
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    """Kind of device; auto takes GPUs where there are any."""
+    devices: int = 1
+    """Processes, one a device; each has its own micro-batches, and gradients are averaged."""
+    strategy: Literal["auto", "ddp", "ddp_spawn", "ddp_fork"] = "auto"
+    """How the processes are started; auto runs the command again for each of them (ddp), or joins torchrun's."""
+
+    def __post_init__(self) -> None:
+        if self.devices < 1:
+            raise ConfigError(f"expected devices to be at least 1, got {self.devices}")
+
+
+@dataclass(frozen=True)
 class TokenizerRun:
     """A complete description of a tokenizer's training; `train_tokenizer(run, out)` runs it."""
 
@@ -148,20 +168,48 @@ class TokenizerRun:
                 model = replace(self.model, **{name: replace(part, enabled=False)})
                 object.__setattr__(self, "model", model)
             elif weight > 0 and not part.enabled:
-                raise ConfigError(f"loss.weights.{name} is {weight} but model.{name}.enabled is false: enable it or set the weight to 0")
+                raise ConfigError(
+                    f"loss.weights.{name} is {weight} but model.{name}.enabled is false: enable it or set the weight "
+                    "to 0"
+                )
         loop = self.loop
         if loop.num_tokens_probs and len(loop.num_tokens_probs) != len(loop.num_tokens):
             raise ConfigError(
-                f"loop.num_tokens_probs needs {len(loop.num_tokens)} entries, one for each of loop.num_tokens, got {len(loop.num_tokens_probs)}"
+                f"loop.num_tokens_probs needs {len(loop.num_tokens)} entries, one for each of loop.num_tokens, got "
+                f"{len(loop.num_tokens_probs)}"
             )
         for k in (*loop.num_tokens, *loop.val_num_tokens):
             if not 1 <= k <= self.model.num_patches:
-                raise ConfigError(f"loop.num_tokens and loop.val_num_tokens must lie in 1..{self.model.num_patches}, got {k}")
+                raise ConfigError(
+                    f"loop.num_tokens and loop.val_num_tokens must lie in 1..{self.model.num_patches}, got {k}"
+                )
         for name in ("steps", "batch_size", "accumulate", "val_every", "save_every", "log_every", "val_images"):
             if getattr(loop, name) < 1:
                 raise ConfigError(f"loop.{name} must be at least 1, got {getattr(loop, name)}")
+        if loop.precision not in ("float32", "bf16"):
+            raise ConfigError(
+                f"expected loop.precision float32 or bf16, got {loop.precision!r}: use bf16 "
+                "(fp16 needs one gradient scaler, which cannot serve two optimizers)"
+            )
+        if any(p < 0 for p in loop.num_tokens_probs) or (loop.num_tokens_probs and sum(loop.num_tokens_probs) <= 0):
+            raise ConfigError(f"loop.num_tokens_probs must be at least 0 and not all 0, got {loop.num_tokens_probs}")
+        if not 0 <= self.optim.ema_decay <= 1:
+            raise ConfigError(f"optim.ema_decay must lie in 0..1, got {self.optim.ema_decay}")
         if not loop.num_tokens or not loop.val_num_tokens:
             raise ConfigError("loop.num_tokens and loop.val_num_tokens need at least one entry")
         if self.loss.weights.adversarial == 0 and self.loss.weights.lecam > 0:
             weights = replace(self.loss.weights, lecam=0.0)
             object.__setattr__(self, "loss", replace(self.loss, weights=weights))
+
+
+def flat_config(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns a nested configuration as {"loop.steps": 1000, ...}; dataclasses and dicts alike, tuples as lists."""
+    if not isinstance(value, dict):
+        value = config_to_dict(value)
+    flat: dict[str, Any] = {}
+    for name, entry in value.items():
+        if isinstance(entry, dict):
+            flat |= flat_config(entry, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = list(entry) if isinstance(entry, tuple) else entry
+    return flat
