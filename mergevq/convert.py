@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mergevq.errors import CheckpointError, ConfigError, MissingDependencyError
 from mergevq.files import load_strict
-from mergevq.merging import merge_counts
+from mergevq.merging import linear_counts
 from mergevq.tokenizer.config import (
     AlignmentConfig,
     DecoderConfig,
@@ -28,41 +28,8 @@ from mergevq.tokenizer.config import (
 from mergevq.tokenizer.model import MergeVQ
 
 # Networks that the authors' training state also holds and that are no part of the tokenizer: discriminator and LPIPS,
-# the DINOv2 teacher, averaged copies (read
-# apart), and a recovery model that no optimizer of theirs trains.
+# the DINOv2 teacher, averaged copies (read apart), and a recovery model that no optimizer of theirs trains.
 _NOT_TOKENIZER = ("loss.", "dist_model.", "model_ema.", "recovery.", "quantize.")
-
-# Options of their configuration that change nothing in a trained tokenizer: training only, or constants of every
-# tokenizer.
-_WITHOUT_EFFECT = {
-    "double_z",
-    "cand_distribution",
-    "model_path",
-    "drop_path",
-    "use_flash_attn",
-    "init_values",
-    "dropout",
-    "learn_source",
-}
-_KNOWN = _WITHOUT_EFFECT | {
-    "z_channels",
-    "resolution",
-    "in_channels",
-    "out_ch",
-    "ch",
-    "ch_mult",
-    "num_res_blocks",
-    "num_res_extra",
-    "num_att_blocks",
-    "num_heads",
-    "head_dim",
-    "isotropic",
-    "merge_num",
-    "merge_ratio",
-    "dist_head",
-    "num_classes",
-    "num_rep_blocks",
-}
 
 
 def tokenizer_from_release(
@@ -78,7 +45,7 @@ def tokenizer_from_release(
             authors evaluate averaged ones.
 
     Raises:
-        ConfigError: an option is unknown or impossible.
+        ConfigError: an option is missing or impossible.
         CheckpointError: a tensor is missing, unexpected or misshaped.
     """
     config = config_from_release(ddconfig)
@@ -104,8 +71,8 @@ def tokenizer_from_release(
     unexpected = [n for n in state_dict if n not in expected and not n.startswith(_NOT_TOKENIZER)]
     if missing or unexpected:
         raise CheckpointError(
-            "the checkpoint does not fit its configuration: "
-            f"{len(missing)} tensors missing ({', '.join(missing[:10])}), {len(unexpected)} unexpected ({', '.join(unexpected[:10])})"
+            f"the checkpoint does not fit its configuration: {len(missing)} tensors missing ({', '.join(missing[:10])}), "
+            f"{len(unexpected)} unexpected ({', '.join(unexpected[:10])})"
         )
     load_strict(model, ours, "the checkpoint")
     return model.eval()
@@ -129,14 +96,12 @@ def read_release(
 
 
 def config_from_release(ddconfig: Mapping[str, Any]) -> TokenizerConfig:
-    """Returns our configuration for the authors' network options.
+    """Returns our configuration for the authors' network options. Options without effect on a trained tokenizer are
+    passed over, as their constructor does with what it does not know.
 
     Raises:
-        ConfigError: an option is unknown or impossible.
+        ConfigError: an option is missing or impossible.
     """
-    unknown = sorted(set(ddconfig) - _KNOWN)
-    if unknown:
-        raise ConfigError(f"expected the network options of the release, got unknown {', '.join(unknown)}")
     needed = [name for name in ("z_channels", "resolution", "ch", "ch_mult", "num_att_blocks") if name not in ddconfig]
     if needed:
         raise ConfigError(f"expected the network options of the release, {', '.join(needed)} missing")
@@ -145,15 +110,16 @@ def config_from_release(ddconfig: Mapping[str, Any]) -> TokenizerConfig:
             raise ConfigError(f"expected {name} 3, got {ddconfig[name]}: only colour images are supported")
     channels, multipliers = int(ddconfig["ch"]), tuple(int(m) for m in ddconfig["ch_mult"])
     levels, depth, size = len(multipliers), int(ddconfig["num_att_blocks"]), int(ddconfig["resolution"])
-    blocks = ddconfig.get("num_res_blocks", 4)
+    blocks = ddconfig.get("num_res_blocks", 2)
     if isinstance(blocks, int):
         enc_blocks = (blocks,) * levels
         dec_blocks = (blocks, *(blocks + int(ddconfig.get("num_res_extra", 1)),) * (levels - 1))
     else:
         enc_blocks = dec_blocks = tuple(int(b) for b in blocks)
     heads, head_dim = int(ddconfig.get("num_heads", 8)), ddconfig.get("head_dim")
-    isotropic = int(ddconfig.get("isotropic") or 0)
-    width = isotropic or channels * multipliers[-1]
+    isotropic = ddconfig.get("isotropic") or 0
+    # True, as well as 1, keeps the width of the convolutional encoder.
+    width = int(isotropic) if int(isotropic) > 1 else channels * multipliers[-1]
 
     def num_heads(width: int) -> int:
         return heads if not head_dim else max(width // int(head_dim), heads)
@@ -162,8 +128,7 @@ def config_from_release(ddconfig: Mapping[str, Any]) -> TokenizerConfig:
     patches = (size // downsampling) ** 2
     merged = ddconfig.get("merge_num")
     if merged is None:
-        ratio = int(ddconfig.get("merge_ratio") or 0)
-        merged = sum(merge_counts(ratio * depth, depth)) if ratio else 0
+        merged = sum(linear_counts(int(ddconfig.get("merge_ratio") or 0), depth))
     head = ddconfig.get("dist_head")
     return TokenizerConfig(
         image_size=size,
@@ -175,7 +140,7 @@ def config_from_release(ddconfig: Mapping[str, Any]) -> TokenizerConfig:
             multipliers=multipliers,
             blocks=enc_blocks,
             patch_size=downsampling,
-            vit_width=isotropic or 768,
+            vit_width=width if isotropic else 768,
             depth=depth,
             heads=num_heads(width),
             position="none",

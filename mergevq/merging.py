@@ -258,16 +258,19 @@ def merge_counts(num_merged: int, depth: int, kind: ScheduleKind = "linear") -> 
     return tuple(counts)
 
 
+def linear_counts(mean: int, depth: int) -> list[int]:
+    """Returns `depth` numbers that fall linearly from 1.5 to 0.5 times `mean`, truncated."""
+    high = int(1.5 * mean)
+    low = 2 * mean - high
+    step = (low - high) / (depth - 1) if depth > 1 else 0.0
+    return [int(high + step * i) for i in range(depth)]
+
+
 def _nearest_linear(num_merged: int, depth: int) -> list[int]:
-    """Returns the linearly falling list (1.5 r to 0.5 r, truncated) whose sum is nearest to `num_merged` over the mean
-    r.
-    """
+    """Returns the `linear_counts` whose sum is nearest to `num_merged`."""
     best, best_gap = [0] * depth, num_merged
     for mean in range(1, num_merged + 1):
-        high = int(1.5 * mean)
-        low = 2 * mean - high
-        step = (low - high) / (depth - 1) if depth > 1 else 0.0
-        counts = [int(high + step * i) for i in range(depth)]
+        counts = linear_counts(mean, depth)
         gap = abs(sum(counts) - num_merged)
         if gap > best_gap:
             break

@@ -39,5 +39,5 @@ def _hash(config: TokenizerConfig, tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         digest.update(name.encode())
         # The same numbers give the same identity on every device and in every memory layout.
-        digest.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -52,7 +52,7 @@ class SourceRecovery(nn.Module):
         width = self.embed.out_features
         memory = self.embed(codes) + sinusoid(rank, width) + sinusoid(num_tokens, width)[:, None]
         memory = self.norm_codes(memory)
-        queries = self.queries
+        queries: Tensor = self.queries
         if queries.shape[-2:] != grid:
             queries = interpolate(queries, size=grid, mode="bilinear", align_corners=False)
         x = queries.flatten(2).mT.expand(codes.shape[0], -1, -1)
