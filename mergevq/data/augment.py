@@ -62,7 +62,7 @@ def training_crops(image: Image.Image, views: Views, rng: torch.Generator) -> di
     """Returns "image" and, if asked for, "view_student" and "view_teacher", each a square RGB image.
 
     image: short side resized, then a square cut at random or from the middle, perhaps mirrored.
-    view_student: a random part (8 % to 100 % of the area, sides 3:4 to 4:3) stretched to the square, half of them mirrored.
+    view_student: a random part (8 % to 100 % of the area, sides 3:4 to 4:3) made square, half of them mirrored.
     view_teacher: like image, cut at a place of its own, never mirrored.
 
     The draws for "image" come first, so alignment does not change it.

@@ -30,6 +30,8 @@ class Sample(NamedTuple):
     """Number of its class, or -1."""
     name: str
     """Path within the data set, with slashes."""
+    number: int
+    """Place in the data set."""
 
 
 class _Entry(NamedTuple):
@@ -68,14 +70,13 @@ class ImageFolder(Dataset[Sample]):
         cache: bool = False,
     ) -> None:
         self.root = Path(root)
-        entries = _list(self.root)
-        if part is not None:
-            entries = [entry for entry in entries if _folders(entry)[:1] == (part,)]
-            if not entries:
-                raise DataError(f"expected a folder {part} with images in {root}, got none")
         self.cached = cache
-        self._entries = entries
-        self.classes, self.labels = _label([_folders(entry) for entry in entries], classes)
+        self._entries = _list(self.root)
+        self.classes, self.labels = _label([_folders(entry) for entry in self._entries], classes)
+        if part is not None:
+            numbers = self._numbers_in(part)
+            self._entries = [self._entries[i] for i in numbers]
+            self.labels = [self.labels[i] for i in numbers]
         self._forget()
         self[0]  # Finds out now, not in the middle of a run, that nothing can be read.
 
@@ -104,7 +105,7 @@ class ImageFolder(Dataset[Sample]):
             image = self._decode(entry)
             if self.cached:
                 self._images[number] = image
-        return Sample(image, label, entry.name)
+        return Sample(image, label, entry.name, number)
 
     def __getitem__(self, number: int) -> Sample:
         if not 0 <= number < len(self):
@@ -137,6 +138,26 @@ class ImageFolder(Dataset[Sample]):
         held_out = sum(at < fraction for at in position)
         held_out = min(max(held_out, 1), len(self) - 1)
         return self.select(sorted(order[held_out:])), self.select(sorted(order[:held_out]))
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Top folders called train, val, validation or test; empty if any image lies outside of them."""
+        tops = {_folders(entry)[:1] for entry in self._entries}
+        return tuple(sorted(top[0] for top in tops)) if all(top and top[0] in PARTS for top in tops) else ()
+
+    def part(self, name: str) -> "ImageFolder":
+        """Returns the images below the top folder `name`, with the same classes.
+
+        Raises:
+            DataError: there are none.
+        """
+        return self.select(self._numbers_in(name))
+
+    def _numbers_in(self, part: str) -> list[int]:
+        numbers = [i for i, entry in enumerate(self._entries) if _folders(entry)[:1] == (part,)]
+        if not numbers:
+            raise DataError(f"expected a folder {part} with images in {self.root}, got none")
+        return numbers
 
     def select(self, numbers: Sequence[int]) -> "ImageFolder":
         """Returns a data set of these images in this order, with the same classes."""

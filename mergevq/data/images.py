@@ -155,7 +155,7 @@ def read_images(source: str | Path | Sequence[str | Path], size: int) -> Float[T
     paths = [source] if isinstance(source, str | Path) else list(source)
     if not paths:
         raise DataError("expected at least one image file, got an empty list")
-    return torch.stack([to_tensor(center_square(read_image(path), size)) for path in paths])
+    return stack_images([center_square(read_image(path), size) for path in paths])
 
 
 def read_readable(paths: Sequence[Path], size: int) -> tuple[Float[Tensor, "B 3 S S"], list[Path], dict[Path, str]]:
@@ -167,12 +167,12 @@ def read_readable(paths: Sequence[Path], size: int) -> tuple[Float[Tensor, "B 3 
     Raises:
         DataError: none of the files can be read.
     """
-    images: list[Tensor] = []
+    images: list[Image.Image] = []
     kept: list[Path] = []
     unreadable: dict[Path, str] = {}
     for path in paths:
         try:
-            images.append(to_tensor(center_square(read_image(path), size)))
+            images.append(center_square(read_image(path), size))
             kept.append(path)
         except DataError as error:
             unreadable[path] = str(error)
@@ -185,7 +185,7 @@ def read_readable(paths: Sequence[Path], size: int) -> tuple[Float[Tensor, "B 3 
             len(paths),
             next(iter(unreadable.values())),
         )
-    return torch.stack(images), kept, unreadable
+    return stack_images(images), kept, unreadable
 
 
 def all_unreadable(tried: int, first: str) -> str:
@@ -223,8 +223,13 @@ def center_square(image: Image.Image, size: int) -> Image.Image:
 
 def to_tensor(image: Image.Image) -> Float[Tensor, "3 H W"]:
     """Returns an RGB image as float32 in [-1, 1]: byte / 127.5 - 1."""
-    pixels = torch.from_numpy(np.array(image))  # array, not asarray: torch wants memory it may write to.
-    return pixels.permute(2, 0, 1).contiguous().float().div_(127.5).sub_(1.0)
+    return stack_images([image])[0]
+
+
+def stack_images(images: Sequence[Image.Image]) -> Float[Tensor, "B 3 H W"]:
+    """Returns RGB images of one size as float32 in [-1, 1]."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return pixels.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1.0)
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
