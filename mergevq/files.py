@@ -309,7 +309,8 @@ def _write_error(path: Path, target: Path, error: OSError) -> WriteError:
         return WriteError(
             f"{path}: no room to write it ({free:.1f} MiB free on the disk): make room or write elsewhere"
         )
-    return WriteError(f"{path}: cannot be written ({_reason(error)}): write elsewhere")
+    place = error.filename2 or error.filename or path  # Perhaps a parent that is a file.
+    return WriteError(f"{path}: cannot be written ({place}: {_reason(error)}): write elsewhere")
 
 
 def _reason(error: OSError) -> str:
