@@ -169,11 +169,11 @@ def read_header(path: str | Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
-def check_format(header: Mapping[str, str], form: str, path: str | Path) -> None:
+def check_format(header: Mapping[str, Any], form: str, path: str | Path) -> None:
     """Checks that a header names the kind and version of contents that are wanted.
 
     Args:
-        header: as `load_tensors` or `read_header` gives it.
+        header: as `load_tensors` or `read_header` gives it; or a JSON object with the same key "mergevq".
         form: kind and version, such as "tokenizer/1".
         path: the file, for messages.
 
@@ -182,10 +182,10 @@ def check_format(header: Mapping[str, str], form: str, path: str | Path) -> None
     """
     kind, _, version = form.partition("/")
     found = header.get("mergevq")
-    if found is None:
+    if not isinstance(found, str):
         raise CheckpointError(
-            f"{path}: expected a mergevq {kind} file, got a safetensors file of another origin: "
-            "convert the original with `mergevq convert`"
+            f"{path}: expected a mergevq {kind} file, got a file of another origin: "
+            "give one of mergevq's own, or convert the authors' with `mergevq convert`"
         )
     found_kind, _, found_version = found.partition("/")
     if found_kind != kind:
