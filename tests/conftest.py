@@ -1,14 +1,16 @@
 """Small models that every part of the test suite uses."""
 
 import os
+from collections.abc import Iterator
 
+import jaxtyping
 import pytest
 import torch
 
 # Before any hub client is imported: no test may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from mergevq.tokenizer.config import (  # noqa: E402
+from mergevq.tokenizer.config import (
     AlignmentConfig,
     DecoderConfig,
     EncoderConfig,
@@ -16,7 +18,7 @@ from mergevq.tokenizer.config import (  # noqa: E402
     RecoveryConfig,
     TokenizerConfig,
 )
-from mergevq.tokenizer.model import MergeVQ  # noqa: E402
+from mergevq.tokenizer.model import MergeVQ
 
 
 @pytest.fixture
@@ -51,3 +53,12 @@ def tiny_tokenizer(tiny_config: TokenizerConfig) -> MergeVQ:
 def images() -> torch.Tensor:
     """Three images [3, 3, 32, 32] in [-1, 1]."""
     return torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Turns the shape-checking hook off, so that our own message for a wrong shape is what comes."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)

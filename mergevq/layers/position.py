@@ -1,11 +1,11 @@
 """Fixed sinusoidal embeddings."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from torch import Tensor
 
 
-def sinusoid(positions: Float[Tensor, "..."], width: int) -> Float[Tensor, "... D"]:
+def sinusoid(positions: Num[Tensor, "..."], width: int) -> Float[Tensor, "... D"]:
     """Returns sines, then cosines, of the positions at `width / 2` frequencies from 1 down to 1/10000 (arXiv
     1706.03762).
 

@@ -1,0 +1,278 @@
+"""The tokenizer as a user meets it: tokens are a value, K is an argument, bad input gets one line."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mergevq.errors import CheckpointError, ConfigError, ShapeError, TokenFileError
+from mergevq.files import load_tensors, save_tensors
+from mergevq.merging import SourceMap
+from mergevq.tokenizer.config import (
+    EncoderConfig,
+    MergingConfig,
+    RecoveryConfig,
+    TokenizerConfig,
+    config_from_dict,
+    config_to_dict,
+)
+from mergevq.tokenizer.model import MergeVQ
+from mergevq.tokens import load_tokens, save_tokens
+
+
+def test_decode_depends_on_the_tokens_alone(tiny_tokenizer: MergeVQ, images: torch.Tensor) -> None:
+    tokens = tiny_tokenizer.encode(images[:1], 20)
+    before = tiny_tokenizer.decode(tokens)
+    tiny_tokenizer.encode(images[1:], 7)
+    tiny_tokenizer.reconstruct(images[:2], 64)
+    assert torch.equal(tiny_tokenizer.decode(tokens), before)
+
+
+def test_reconstruct_is_decode_of_encode_and_of_forward(tiny_tokenizer: MergeVQ, images: torch.Tensor) -> None:
+    for k in (1, 13, 64):
+        expected = tiny_tokenizer.decode(tiny_tokenizer.encode(images, k))
+        assert torch.equal(tiny_tokenizer.reconstruct(images, k), expected)
+        with torch.no_grad():
+            torch.testing.assert_close(tiny_tokenizer(images, k).reconstruction, expected)
+
+
+def test_every_k_is_met_exactly(tiny_tokenizer: MergeVQ, images: torch.Tensor) -> None:
+    for k in (1, 2, 3, 31, 32, 33, 63, 64):
+        tokens = tiny_tokenizer.encode(images, k)
+        assert tokens.index.shape == (3, k)
+        assert tokens.source is not None
+        sizes = tokens.source.sizes()
+        assert (sizes >= 1).all()
+        assert (sizes.sum(1) == 64).all()
+        assert (tokens.source.first().diff(dim=1) > 0).all()
+
+
+def test_one_k_per_image_equals_each_image_alone(tiny_tokenizer: MergeVQ, images: torch.Tensor) -> None:
+    counts = [20, 5, 20]
+    together = tiny_tokenizer.encode(images, counts)
+    assert together.num_tokens.tolist() == counts
+    decoded = tiny_tokenizer.decode(together)
+    for i, k in enumerate(counts):
+        alone = tiny_tokenizer.encode(images[i : i + 1], k)
+        assert torch.equal(together.index[i, :k], alone.index[0])
+        assert (together.index[i, k:] == 0).all()
+        torch.testing.assert_close(decoded[i : i + 1], tiny_tokenizer.decode(alone), atol=1e-5, rtol=1e-5)
+
+
+def test_default_k_is_the_configured_one(tiny_tokenizer: MergeVQ, images: torch.Tensor) -> None:
+    assert tiny_tokenizer.encode(images).index.shape[1] == tiny_tokenizer.config.num_tokens
+    # A smaller image has fewer patches than the default.
+    assert tiny_tokenizer.encode(images[..., :8, :8]).index.shape[1] == 4
+
+
+@pytest.mark.parametrize("size", [(32, 64), (16, 8), (4, 4), (44, 36)])
+def test_other_sizes_that_the_downsampling_divides(tiny_tokenizer: MergeVQ, size: tuple[int, int]) -> None:
+    images = torch.rand(2, 3, *size) * 2 - 1
+    patches = size[0] * size[1] // 16
+    tokens = tiny_tokenizer.encode(images, max(1, patches // 2))
+    assert tokens.grid == (size[0] // 4, size[1] // 4)
+    out = tiny_tokenizer.decode(tokens)
+    assert out.shape == images.shape
+    assert torch.isfinite(out).all()
+    assert torch.isfinite(tiny_tokenizer.decode(tokens.without_source())).all()
+
+
+def test_tokens_ignore_autocast(tiny_tokenizer: MergeVQ, images: torch.Tensor) -> None:
+    plain = tiny_tokenizer.encode(images, 20)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = tiny_tokenizer.encode(images, 20)
+        assert torch.equal(tiny_tokenizer.decode(inside), tiny_tokenizer.decode(plain))
+    assert torch.equal(plain.index, inside.index)
+    assert tiny_tokenizer.encode(images, 20, dtype=torch.bfloat16).index.shape == plain.index.shape
+
+
+def test_recovery_stands_in_for_a_missing_map(tiny_tokenizer: MergeVQ, images: torch.Tensor) -> None:
+    tokens = tiny_tokenizer.encode(images, [20, 64, 5])
+    recovered = tiny_tokenizer.recover(tokens.without_source())
+    assert recovered.source is not None
+    assert torch.equal(tiny_tokenizer.decode(tokens.without_source()), tiny_tokenizer.decode(recovered))
+    assert (recovered.source.index.max(1).values < tokens.num_tokens).all()
+    # K = L needs no prediction.
+    assert torch.equal(recovered.source.index[1], torch.arange(64))
+
+
+def test_recovery_masks_padding(tiny_tokenizer: MergeVQ, images: torch.Tensor) -> None:
+    alone = tiny_tokenizer.recover(tiny_tokenizer.encode(images[:1], 5).without_source())
+    padded = tiny_tokenizer.recover(tiny_tokenizer.encode(images, [5, 40, 20]).without_source())
+    assert alone.source is not None and padded.source is not None
+    assert torch.equal(alone.source.index[0], padded.source.index[0])
+
+
+def test_without_recovery_a_missing_map_is_refused(tiny_config: TokenizerConfig, images: torch.Tensor) -> None:
+    model = MergeVQ(replace(tiny_config, recovery=RecoveryConfig(enabled=False))).eval()
+    tokens = model.encode(images, 20).without_source()
+    with pytest.raises(CheckpointError, match=r"expected tokens with a source map.*recovery"):
+        model.decode(tokens)
+    full = model.encode(images, 64)
+    assert torch.equal(model.decode(full.without_source()), model.decode(full))
+
+
+def test_features_are_the_class_token(tiny_tokenizer: MergeVQ, images: torch.Tensor) -> None:
+    features = tiny_tokenizer.features(images)
+    assert features.shape == (3, 16)
+    with torch.no_grad():
+        expected = tiny_tokenizer.encoder(images, (0, 0)).class_token
+    torch.testing.assert_close(features, expected)
+    assert not torch.allclose(features, tiny_tokenizer.features(images, 8))
+    features.sum().backward()
+    assert tiny_tokenizer.encoder.class_token.grad is not None
+
+
+@pytest.mark.parametrize(("view_tokens", "kept"), [("fraction", 11), ("same_count", 6)])
+def test_a_smaller_view_keeps_its_share(tiny_config: TokenizerConfig, view_tokens: str, kept: int) -> None:
+    """28 pixels are 49 of 64 patches: of 14 kept they keep 10.7, or lose the same 50 (clipped at half a layer)."""
+    merging = MergingConfig(overflow="clip" if view_tokens == "same_count" else "carry")
+    alignment = replace(tiny_config.alignment, view_tokens=view_tokens)
+    model = MergeVQ(replace(tiny_config, merging=merging, alignment=alignment))
+    seen = []
+    model.encoder.register_forward_hook(lambda _m, _i, out: seen.append(out.tokens.shape[1]))
+    model.align(torch.zeros(1, 3, 28, 28), 14)
+    if view_tokens == "same_count":
+        # 50 merges in two layers as 38 and 12, at most half each time: 49 - 24 - 12.
+        kept = 49 - 24 - 12
+    assert seen == [kept]
+
+
+def test_quantization_sees_normalised_numbers(tiny_tokenizer: MergeVQ, images: torch.Tensor) -> None:
+    tokens = tiny_tokenizer.encode(images, 20)
+    with torch.no_grad():
+        out = tiny_tokenizer(images, 20)
+    assert torch.equal(out.quantized.index, tokens.index)
+    assert set(out.quantized.codes.unique().tolist()) == {-1.0, 1.0}
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def test_a_loaded_model_decodes_loaded_tokens_to_the_same_bits(
+    tiny_tokenizer: MergeVQ, images: torch.Tensor, tmp_path: Path
+) -> None:
+    expected = tiny_tokenizer.decode(tiny_tokenizer.encode(images, [20, 9, 64]))
+    model_file = tiny_tokenizer.save_pretrained(tmp_path / "model", step=3)
+    save_tokens(tmp_path / "x.mvq", tiny_tokenizer.encode(images, [20, 9, 64]))
+    loaded = MergeVQ.from_pretrained(model_file)
+    assert loaded.config == tiny_tokenizer.config
+    assert loaded.fingerprint() == tiny_tokenizer.fingerprint()
+    assert not loaded.training
+    assert torch.equal(loaded.decode(load_tokens(tmp_path / "x.mvq")), expected)
+    assert torch.equal(MergeVQ.from_pretrained(tmp_path / "model").decode(load_tokens(tmp_path / "x.mvq")), expected)
+
+
+def test_the_fingerprint_is_of_what_makes_tokens(tiny_tokenizer: MergeVQ) -> None:
+    before = tiny_tokenizer.fingerprint()
+    with torch.no_grad():
+        next(tiny_tokenizer.decoder.parameters()).add_(1)
+        assert tiny_tokenizer.recovery is not None
+        next(tiny_tokenizer.recovery.parameters()).add_(1)
+    assert tiny_tokenizer.fingerprint() == before
+    with torch.no_grad():
+        tiny_tokenizer.encoder.class_token.add_(1e-3)
+    assert tiny_tokenizer.fingerprint() != before
+
+
+def test_tokens_of_another_tokenizer_are_refused(
+    tiny_tokenizer: MergeVQ, tiny_config: TokenizerConfig, images: torch.Tensor
+) -> None:
+    tokens = tiny_tokenizer.encode(images, 20)
+    torch.manual_seed(9)
+    with pytest.raises(TokenFileError, match="expected tokens of tokenizer"):
+        MergeVQ(tiny_config).decode(tokens)
+    with pytest.raises(ShapeError, match="8 bits, got 6"):
+        MergeVQ(replace(tiny_config, num_bits=8)).decode(replace(tokens, tokenizer=None))
+    with pytest.raises(ShapeError, match="source map"):
+        replace(tokens, tokenizer=None, source=SourceMap.identity(3, 64))
+
+
+def test_damaged_or_foreign_model_files_are_refused(tiny_tokenizer: MergeVQ, tmp_path: Path) -> None:
+    path = tiny_tokenizer.save_pretrained(tmp_path / "m.safetensors")
+    tensors, header = load_tensors(path)
+    (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:-100])
+    dropped = dict(list(tensors.items())[1:])
+    save_tensors(tmp_path / "missing.safetensors", dropped, header)
+    save_tensors(tmp_path / "extra.safetensors", {**tensors, "foreign.weight": torch.zeros(1)}, header)
+    save_tensors(tmp_path / "kind.safetensors", tensors, {**header, "mergevq": "generator/1"})
+    save_tensors(tmp_path / "config.safetensors", tensors, {**header, "config": '{"colour": 3}'})
+    save_tensors(tmp_path / "other.safetensors", tensors, {})
+    for name, match in {
+        "cut": "cut",
+        "missing": "missing",
+        "extra": "foreign.weight",
+        "kind": "generator",
+        "config": "colour",
+        "other": "convert",
+    }.items():
+        with pytest.raises(CheckpointError, match=match) as caught:
+            MergeVQ.from_pretrained(tmp_path / f"{name}.safetensors")
+        assert "\n" not in str(caught.value).strip() or name in ("missing", "extra")
+    with pytest.raises(CheckpointError):
+        MergeVQ.from_pretrained(tmp_path / "absent.safetensors")
+
+
+def test_broken_weights_are_not_saved(tiny_tokenizer: MergeVQ, tmp_path: Path) -> None:
+    with torch.no_grad():
+        tiny_tokenizer.encoder.class_token.fill_(torch.nan)
+    with pytest.raises(ShapeError, match=r"class_token.*nothing was saved"):
+        tiny_tokenizer.save_pretrained(tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda x: x.flip(1)[0], r"\[B, 3, H, W\]"),
+        (lambda x: x[:, :2], r"\[B, 3, H, W\]"),
+        (lambda x: x[:0], "B >= 1"),
+        (lambda x: x[..., :30], "multiples of 4, got 32 x 30"),
+        (lambda x: x[..., :2, :2], "multiples of 4, got 2 x 2"),
+        (lambda x: x * 127.5 + 127.5, r"\[-1, 1\]"),
+        (lambda x: x.mul(1.1).clamp(-1.05, 1.05), r"\[-1, 1\]"),
+        (lambda x: x.masked_fill(x > 0.9, torch.nan), "nan"),
+        (lambda x: x.masked_fill(x > 0.9, torch.inf), "inf"),
+    ],
+)
+@pytest.mark.parametrize("call", ["encode", "features", "align", "reconstruct"])
+@pytest.mark.usefixtures("unchecked")
+def test_bad_images_are_refused(tiny_tokenizer: MergeVQ, images: torch.Tensor, make, match: str, call: str) -> None:
+    with pytest.raises(ShapeError, match=match):
+        getattr(tiny_tokenizer, call)(make(images))
+
+
+@pytest.mark.parametrize("bad", [0, 65, -1])
+def test_bad_k_is_refused(tiny_tokenizer: MergeVQ, images: torch.Tensor, bad: int) -> None:
+    for call in (tiny_tokenizer.encode, tiny_tokenizer.features, tiny_tokenizer.align):
+        with pytest.raises(ShapeError, match=r"1\.\.64"):
+            call(images, bad)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_size": 30},
+        {"num_tokens": 0},
+        {"num_tokens": 65},
+        {"num_bits": 0},
+        {"num_groups": 3},
+        {"encoder": EncoderConfig(channels=8, multipliers=(1, 2), blocks=(1,), stem_stride=2, depth=2, heads=2)},
+        {"encoder": EncoderConfig(channels=8, multipliers=(1, 2, 2), blocks=(1, 1, 1), stem_stride=2, depth=2)},
+        {"encoder": EncoderConfig(channels=8, multipliers=(1, 2), blocks=(1, 1), stem_stride=2, depth=2, heads=3)},
+        {"encoder": EncoderConfig(channels=8, multipliers=(1, 2), blocks=(1, 1), stem_stride=2, depth=0, heads=2)},
+    ],
+)
+def test_impossible_configurations_are_refused(tiny_config: TokenizerConfig, change: dict) -> None:
+    with pytest.raises(ConfigError, match=r"must|need"):
+        replace(tiny_config, **change)
+
+
+def test_configurations_survive_json(tiny_config: TokenizerConfig) -> None:
+    assert config_from_dict(TokenizerConfig, config_to_dict(tiny_config)) == tiny_config
+    with pytest.raises(ConfigError, match="no field colour"):
+        config_from_dict(TokenizerConfig, {"colour": 1})
