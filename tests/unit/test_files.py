@@ -69,6 +69,18 @@ def test_the_temporary_file_is_hidden_in_the_same_folder_and_keeps_the_suffix(tm
     assert names(tmp_path) == ["a.png"]
 
 
+def test_the_file_is_synced_and_then_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "a.bin"
+    target.write_bytes(b"old")
+    at_sync = []
+    monkeypatch.setattr(os, "fsync", lambda _: at_sync.append(target.read_bytes()))
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(b"new")
+        written = temporary.stat().st_ino
+    assert at_sync == [b"old", b"new"], "first the file, before anything is exchanged, then the folder"
+    assert target.stat().st_ino == written
+
+
 def test_a_failing_block_keeps_the_old_file_and_removes_the_temporary_one(tmp_path: Path) -> None:
     target = tmp_path / "a.bin"
     target.write_bytes(b"old")
