@@ -1,0 +1,90 @@
+"""The folder of a run: whether it may be written, what run.json says, whether a run may go on in it."""
+
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+from mergevq import __version__
+from mergevq.errors import CheckpointError, ConfigError
+from mergevq.files import check_format, read_json, refuse_existing, write_json
+from mergevq.tokenizer.config import config_from_dict, config_to_dict
+from mergevq.training.checkpoint import has_state
+from mergevq.training.config import TokenizerRun, flat_config
+
+KIND = "tokenizer-run/1"
+
+FREE_FIELDS = (
+    "loop.steps",
+    "loop.minutes",
+    "loop.val_num_tokens",
+    "loop.val_every",
+    "loop.val_images",
+    "loop.save_every",
+    "loop.log_every",
+    "data.workers",
+)
+"""Fields that may change when a run goes on. Every other one shaped the weights trained so far."""
+
+
+def check_folder(out: Path, run: TokenizerRun, resume: bool, force: bool) -> None:
+    """Checks that the run may begin in `out`, or go on there. Writes nothing.
+
+    Raises:
+        OutputExistsError: there is something in `out`, and neither `resume` nor `force` is given.
+        CheckpointError: there is nothing to resume.
+        ConfigError: the run in `out` has another configuration (the message names the fields), or both were given.
+    """
+    if resume and force:
+        raise ConfigError("expected one of --resume (go on) and --force (start again), got both")
+    if not resume:
+        refuse_existing(out, force)
+        return
+    if not has_state(out / "state"):
+        raise CheckpointError(f"expected a training state in {out}/state, found none: drop --resume to start there")
+    before, now = flat_config(load_run(out)), flat_config(run)
+    differing = [name for name in now if before[name] != now[name] and name not in FREE_FIELDS]
+    if differing:
+        named = ", ".join(f"{name} ({before[name]!r} before, {now[name]!r} now)" for name in differing[:5])
+        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise ConfigError(
+            f"expected the configuration that {out} was started with, got other {named}{more}: "
+            "put them back, or start another run from its model with --init"
+        )
+
+
+def begin(out: Path, run: TokenizerRun, resume: bool) -> None:
+    """Writes `run.json`: version, commands, resolved configuration. Without `resume` an earlier run's results go.
+
+    Raises:
+        WriteError: the folder cannot be written.
+    """
+    commands = [sys.argv]
+    if resume:
+        commands = [*read_json(out / "run.json").get("commands", []), *commands]
+    else:
+        # Only a run's own files: with --force the folder may hold others.
+        for pattern in ("model.safetensors", "log.jsonl", "run.json", "state/*", "images/step_*.png"):
+            for path in out.glob(pattern):
+                path.unlink()
+    record = {
+        "mergevq": KIND,
+        "version": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commands": commands,
+        "config": config_to_dict(run),
+    }
+    write_json(out / "run.json", record)
+
+
+def load_run(out: Path) -> TokenizerRun:
+    """Returns the run whose folder `out` is.
+
+    Raises:
+        CheckpointError: there is no run.json, or it is damaged.
+    """
+    record = read_json(out / "run.json")
+    check_format(record, KIND, out / "run.json")
+    return config_from_dict(TokenizerRun, record["config"])

@@ -1,0 +1,102 @@
+"""A run that trains a tokenizer of a few thousand weights in a second, with every loss on, and images for it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+from PIL import Image
+from torch import Tensor, nn
+
+from mergevq.tokenizer.config import TokenizerConfig
+from mergevq.training.config import DataConfig, LoopConfig, LossConfig, LossWeights, OptimConfig, TokenizerRun
+
+NUM_IMAGES = 13
+
+
+class Perceptual(nn.Module):
+    """A small random network that compares images, with a dropout that must stay off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(7)
+            self.layers = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.Tanh(), nn.Dropout(0.5))
+
+    def forward(self, reconstruction: Tensor, image: Tensor) -> Tensor:
+        return (self.layers(reconstruction) - self.layers(image)).square().mean()
+
+
+class Teacher(nn.Module):
+    """A small random network with ten outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(8)
+            self.layers = nn.Sequential(nn.Conv2d(3, 6, 4, 4), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 10))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return 4 * self.layers(images)
+
+
+@pytest.fixture
+def perceptual() -> nn.Module:
+    return Perceptual()
+
+
+@pytest.fixture
+def teacher() -> nn.Module:
+    return Teacher()
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirteen smooth images in two class folders, of several sizes."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = torch.Generator().manual_seed(3)
+    for i in range(NUM_IMAGES):
+        coarse = torch.randint(0, 256, (4, 4, 3), generator=rng, dtype=torch.uint8)
+        image = Image.fromarray(coarse.numpy()).resize((36 + i, 48 - i), Image.Resampling.BICUBIC)
+        path = folder / ("cats" if i % 3 else "dogs") / f"{i:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        image.save(path)
+    return folder
+
+
+@pytest.fixture
+def tiny_run(tiny_config: TokenizerConfig, image_folder: Path) -> TokenizerRun:
+    """Every loss on, two micro-batches of two, saved every three of six steps."""
+    return TokenizerRun(
+        model=tiny_config,
+        loss=LossConfig(weights=LossWeights(lecam=0.1), disc_channels=4, disc_layers=2, lecam_decay=0.5),
+        data=DataConfig(train=str(image_folder), val_fraction=0.3, flip=True, workers=0),
+        optim=OptimConfig(lr=1e-3, disc_lr=1e-3, warmup_steps=2, schedule="cosine", clip_norm=1.0, ema_decay=0.5),
+        loop=LoopConfig(
+            steps=6,
+            batch_size=2,
+            accumulate=2,
+            num_tokens=(64, 40, 20),
+            val_num_tokens=(64, 20),
+            val_every=1000,
+            val_images=3,
+            save_every=3,
+            log_every=1,
+        ),
+    )
+
+
+@pytest.fixture
+def fabric() -> Fabric:
+    return Fabric(accelerator="cpu", devices=1)
+
+
+@pytest.fixture
+def batch() -> list[dict[str, Tensor]]:
+    """Two micro-batches of two images, with the views that alignment needs."""
+    rng = torch.Generator().manual_seed(5)
+
+    def draw(side: int) -> Tensor:
+        return torch.rand(2, 3, side, side, generator=rng) * 2 - 1
+
+    return [{"image": draw(32), "view_student": draw(28), "view_teacher": draw(32)} for _ in range(2)]
