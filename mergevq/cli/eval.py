@@ -1,0 +1,73 @@
+"""`mergevq eval reconstruction`: what encoding and decoding loses."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from mergevq.cli.options import Counts, Model, Size, choose_device, choose_size, progress
+
+
+def eval_reconstruction(
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")],
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="DIR")],
+    model: Model,
+    num_tokens: Counts = (),
+    network: Literal["lite1", "inception", "none"] = "lite1",
+    perceptual: Literal["lite0", "lpips", "none"] = "lite0",
+    size: Size = None,
+    limit: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: all)")] = None,
+    batch_size: int = 16,
+    examples: int = 8,
+    device: str = "auto",
+    seed: int = 0,
+    force: bool = False,
+) -> None:
+    """Measure what encoding and decoding loses at each K: prints a table, writes reconstruction.json and report.html.
+
+    Args:
+        data: Folder of images, a .zip, a pattern that names several .zip files, or the word embedded.
+        out: Folder for the results.
+        model: Model file, folder of a training run, or Hugging Face hub id.
+        num_tokens: Kept tokens, one row for each K.
+        network: Features for the distance between originals and reconstructions. inception gives rFID and is
+            downloaded; lite1 gives another number, from a package.
+        perceptual: Network of the perceptual distance; lpips is downloaded.
+        size: Side in pixels: the short side is resized to it, the middle is cut out.
+        limit: Look at so many images only, evenly spread over the data.
+        batch_size: Images at a time.
+        examples: Images in the report.
+        device: auto, cpu, cuda, cuda:1, ...
+        seed: Of the halves of the originals, whose distance shows how low the distances can get.
+        force: Write into a folder that holds files already; files of the same names are replaced.
+    """
+    from rich.console import Console
+
+    from mergevq.data.sources import evaluation_images
+    from mergevq.evaluation.reconstruction import evaluate_reconstruction
+    from mergevq.files import refuse_existing, write_json
+    from mergevq.tokenizer.model import MergeVQ
+
+    refuse_existing(out, force)
+    images = evaluation_images(data)
+    tok = MergeVQ.from_pretrained(model, device=choose_device(device))
+    counts = num_tokens or (tok.config.num_tokens,)
+    side = choose_size(tok.config, size, counts)
+    with progress("evaluate", min(len(images), limit or len(images))) as advance:
+        report = evaluate_reconstruction(
+            tok,
+            images,
+            counts,
+            network=None if network == "none" else network,
+            perceptual=None if perceptual == "none" else perceptual,
+            size=side,
+            limit=limit,
+            batch_size=batch_size,
+            examples=examples,
+            seed=seed,
+            on_images=advance,
+        )
+    write_json(out / "reconstruction.json", report.to_json())
+    report.write_html(out / "report.html")
+    Console().print(report.table())
+    print(f"{out / 'reconstruction.json'}, {out / 'report.html'}")

@@ -1,0 +1,72 @@
+"""`mergevq info`: what is in a model or token file."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+def info(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]) -> None:
+    """Print what a model or token file holds. Reads the whole file and checks it, as using it would.
+
+    Args:
+        file: Model file, folder of a training run, or token file (.mvq).
+    """
+    from mergevq.errors import CheckpointError
+    from mergevq.files import find_model_file, read_header
+
+    path = find_model_file(file)
+    header = read_header(path)
+    kind = header.get("mergevq", "")
+    if kind.startswith("tokenizer/"):
+        lines = _describe_model(path)
+    elif kind.startswith("tokens/"):
+        lines = _describe_tokens(path)
+    else:
+        raise CheckpointError(
+            f"{path}: expected a tokenizer or a token file, got {kind or 'a safetensors file of another origin'}: "
+            "checkpoints of the release need `mergevq convert`"
+        )
+    lines = {"file": f"{path}, {path.stat().st_size:,} bytes", "kind": kind, "mergevq": header["version"], **lines}
+    width = max(map(len, lines))
+    for name, value in lines.items():
+        print(f"{name:<{width}}  {value}")
+
+
+def _describe_model(path: Path) -> dict[str, str]:
+    from mergevq.files import read_header
+    from mergevq.tokenizer.model import MergeVQ
+
+    tok = MergeVQ.from_pretrained(path)
+    config, enc, dec = tok.config, tok.config.encoder, tok.config.decoder
+    side, step = config.image_size, config.downsampling
+    parts = {"encoder": tok.encoder, "decoder": tok.decoder, "recovery": tok.recovery, "alignment": tok.alignment}
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}
+    return {
+        "fingerprint": tok.fingerprint(),
+        "trained": f"{json.loads(read_header(path).get('step', '0')):,} steps",
+        "images": f"{side} x {side} pixels, {side // step} x {side // step} patches of {step} x {step}",
+        "tokens": f"{config.num_tokens} of {config.num_patches} unless asked otherwise, {config.num_bits} bits each",
+        "encoder": f"{enc.kind}, {enc.depth} attention blocks of width {enc.width}",
+        "decoder": f"{dec.depth} attention blocks of width {dec.width}",
+        "merging": f"{config.merging.schedule}, {config.merging.overflow}, {config.merging.order} order",
+        "parameters": ", ".join(f"{name} {count:,}" for name, count in counts.items()),
+    }
+
+
+def _describe_tokens(path: Path) -> dict[str, str]:
+    from mergevq.tokens import load_tokens
+
+    tokens = load_tokens(path)
+    bits = tokens.bits_per_image()
+    counts = sorted(set(tokens.num_tokens.tolist()), reverse=True)
+    rows, columns = tokens.grid
+    total, index, source = (f"{float(part.double().mean()):,.0f}" for part in (bits.total, bits.index, bits.source))
+    return {
+        "tokenizer": tokens.tokenizer or "unknown",
+        "images": f"{len(tokens)}, {rows} x {columns} patches",
+        "tokens": f"{', '.join(map(str, counts))} an image, {tokens.num_bits} bits each",
+        "bits per image": f"{total} = {index} index + {source} source map{' (means)' if len(counts) > 1 else ''}",
+        "source map": "stored" if tokens.source is not None else "none; the recovery model predicts it",
+    }

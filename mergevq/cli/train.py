@@ -1,0 +1,95 @@
+"""`mergevq train tokenizer`: every field of a run is an option, and a preset gives their defaults."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from mergevq import presets
+from mergevq.errors import ConfigError
+from mergevq.training.config import HardwareConfig, TokenizerRun
+
+_EXAMPLE = "tiny"  # Whose defaults --help shows when no preset is named.
+
+
+def train_tokenizer(words: Sequence[str]) -> Callable[..., None]:
+    """Returns the verb with the defaults of the preset that `words` name, or of the run that they resume.
+
+    Raises:
+        ConfigError: no preset is named, or one that does not exist.
+        CheckpointError: there is no run to resume.
+    """
+    name, folder = _value(words, "--preset"), _value(words, "--out", "-o")
+    asked_help = any(word in ("-h", "--help") for word in words)
+    if name is None and folder is not None and "--resume" in words and not asked_help:
+        from mergevq.training.run_folder import load_run
+
+        base = load_run(Path(folder))
+    elif name is None and not asked_help:
+        raise ConfigError(f"expected --preset and one of {', '.join(presets.tokenizer_names())}, got none")
+    else:
+        base = presets.tokenizer(name or _EXAMPLE)
+    if (_value(words, "--loop.precision") or "").lower() in ("fp16", "float16", "16", "16-mixed", "half"):
+        raise ConfigError(
+            "expected --loop.precision float32 or bf16, got fp16: its one gradient scaler cannot serve two optimizers"
+        )
+
+    def train(
+        out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="RUN")],
+        preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None,
+        resume: bool = False,
+        init: Annotated[str | None, tyro.conf.arg(metavar="M")] = None,
+        force: bool = False,
+        dry_run: bool = False,
+        hardware: Annotated[HardwareConfig, tyro.conf.arg(name="")] = HardwareConfig(),  # noqa: B008 - frozen
+        run: Annotated[TokenizerRun, tyro.conf.arg(name="")] = base,
+    ) -> None:
+        _train(out, base, run, hardware, resume=resume, init=init, force=force, show_only=dry_run)
+
+    train.__doc__ = f"""Train a tokenizer; RUN/model.safetensors is the result, rewritten at each validation.
+
+    All options but the first few are fields of the run and have the preset's values unless given (shown here:
+    {name or _EXAMPLE}).
+
+    Args:
+        out: Folder of the run.
+        preset: One of {", ".join(presets.tokenizer_names())}. Not needed with --resume.
+        resume: Go on with the run in RUN, which keeps its configuration but for steps, intervals and workers.
+        init: Start from the weights of this tokenizer: a file, a run's folder, or a Hugging Face hub id.
+        force: Start anew in a folder that holds something; an earlier run's files are removed.
+        dry_run: Print the resolved configuration, what differs from the preset and the parameter counts, and stop.
+    """
+    return train
+
+
+def _train(
+    out: Path,
+    base: TokenizerRun,
+    run: TokenizerRun,
+    hardware: HardwareConfig,
+    *,
+    resume: bool,
+    init: str | None,
+    force: bool,
+    show_only: bool,
+) -> None:
+    if show_only:
+        from mergevq.training.dry_run import dry_run
+
+        print(dry_run(run, base))
+        return
+    from mergevq.training.tokenizer import train_tokenizer
+
+    path = train_tokenizer(run, out, resume=resume, init=init, force=force, hardware=hardware)
+    print(path)
+
+
+def _value(words: Sequence[str], *names: str) -> str | None:
+    """Returns the value of an option, the last if it is repeated; None if it is not there."""
+    found = None
+    for word, after in zip(words, [*words[1:], None], strict=True):
+        name, equals, value = word.partition("=")
+        if name in names and (equals or after is not None):
+            found = value if equals else after
+    return found

@@ -1,0 +1,284 @@
+"""What encoding and decoding loses, at several numbers of kept tokens, in one pass over the images."""
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from mergevq import __version__
+from mergevq.data.folder import ImageFolder
+from mergevq.data.loader import evaluation_batches
+from mergevq.data.sources import evaluation_images
+from mergevq.errors import ConfigError
+from mergevq.evaluation.result import Example, Floor, ReconstructionReport, ReconstructionRow, Spread
+from mergevq.losses.perceptual import build_perceptual
+from mergevq.metrics.codebook import CodebookUsage
+from mergevq.metrics.distribution import FeatureStore, frechet_distance, kernel_distance
+from mergevq.metrics.features import FeatureNetwork, feature_network
+from mergevq.metrics.image import WINDOW, psnr, ssim, to_uint8
+from mergevq.tokenizer.model import MergeVQ
+
+
+def evaluate_reconstruction(
+    tok: MergeVQ,
+    data: str | Path | ImageFolder,
+    num_tokens: Sequence[int] | None = None,
+    *,
+    network: str | nn.Module | None = "lite1",
+    perceptual: str | nn.Module | None = None,
+    size: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+    examples: int = 8,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    on_images: Callable[[int], None] | None = None,
+) -> ReconstructionReport:
+    """Returns how well a tokenizer reconstructs images at each K, and how it was measured. `print` shows a table.
+
+    Each image has its short side resized to `size` (bicubic, antialiased) and its middle cut out. Reconstructions are
+    clamped and rounded to bytes before anything is measured. The networks run in float32.
+
+    Args:
+        tok: the tokenizer; used in evaluation mode and left in the mode it was in.
+        data: a folder, a .zip, a pattern that names several .zip files, "embedded", or a data set. Of a source with
+            parts, the held-out part.
+        num_tokens: the K's; None takes the tokenizer's own.
+        network: features for the distances between all originals and all reconstructions: "inception" (rFID, its
+            weights are downloaded once), "lite1" (from a package; another number, under another name), any module from
+            images in [-1, 1] to features [B, D], or None.
+        perceptual: "lite0", "lpips" (downloaded once), a module called with (reconstruction, image), or None.
+        size: side in pixels; None takes the size the tokenizer was trained with.
+        limit: look at so many images, evenly spread over the data; None takes all.
+        batch_size: images at a time.
+        examples: images kept for pictures, evenly spread.
+        device: where to compute; the tokenizer and the networks are moved there. None leaves the tokenizer where it is.
+        seed: of the two halves of the originals whose distance is the floor.
+        on_images: called after each batch with its number of images.
+
+    Raises:
+        ShapeError: a K or the size is impossible for this tokenizer.
+        DataError: the images are missing, or none can be read.
+        MissingDependencyError: a network needs a package that is not installed.
+        CheckpointError: a network's weights are not here and cannot be downloaded.
+    """
+    images = evaluation_images(data)
+    counts = sorted(set(num_tokens or (tok.config.num_tokens,)), reverse=True)
+    side = tok.config.image_size if size is None else size
+    place = torch.device(device) if device is not None else tok.encoder.class_token.device
+    features = None if network is None else feature_network(network).to(place)
+    distance = build_perceptual(perceptual) if isinstance(perceptual, str) else perceptual
+    if limit is not None and limit < 1:
+        raise ConfigError(f"expected a limit of at least 1 image, got {limit}")
+    total = min(len(images), limit or len(images))
+    shown = {i * total // examples for i in range(examples)} if examples else set()
+    run = _Pass(
+        tok.to(place),
+        {k: _Tally(k, tok.config.num_bits) for k in counts},
+        features,
+        None if distance is None else distance.to(place).eval(),
+        [],
+        FeatureStore(),
+    )
+    was_training = tok.training
+    tok.eval()
+    try:
+        seen, workers = 0, 2 if total > 256 else 0
+        for batch in evaluation_batches(images, side, batch_size=batch_size, limit=limit, workers=workers):
+            picked = [i for i in range(len(batch["image"])) if seen + i in shown]
+            run.measure(batch["image"].to(place), picked)
+            seen += len(batch["image"])
+            if on_images is not None:
+                on_images(len(batch["image"]))
+    finally:
+        tok.train(was_training)
+
+    originals = run.originals.features if features is not None and seen >= 2 else None
+    floor = None if originals is None or seen < 4 else _floor(originals, seed)
+    protocol = {
+        "data": str(images.root) if not isinstance(data, str | Path) else str(data),
+        "images": seen,
+        "images_unreadable": total - seen,
+        "images_available": len(images),
+        "image_size": side,
+        "preparation": "short side resized (bicubic, antialiased), centre crop",
+        "rounding": "reconstructions clamped to [-1, 1] and rounded to bytes",
+        "ssim": f"Gaussian {WINDOW} x {WINDOW}, sigma 1.5, no padding, mean over channels",
+        "network": None if features is None else {"name": features.name, "sha256": features.checksum},
+        "perceptual": perceptual if perceptual is None or isinstance(perceptual, str) else type(perceptual).__name__,
+        "tokenizer": tok.fingerprint(),
+        "num_patches": run.grid[0] * run.grid[1],
+        "num_bits": tok.config.num_bits,
+        "precision": "float32",
+        "batch_size": batch_size,
+        "seed": seed,
+        "hardware": _hardware(place),
+        "versions": {"mergevq": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    return ReconstructionReport(
+        rows=tuple(tally.row(originals) for tally in run.tallies.values()),
+        floor=floor,
+        protocol=protocol,
+        notes=_notes(seen, total, side, features, floor),
+        grid=run.grid,
+        examples=tuple(run.examples),
+    )
+
+
+class _Tally:
+    """What is gathered at one K."""
+
+    def __init__(self, num_tokens: int, num_bits: int) -> None:
+        self.num_tokens = num_tokens
+        self.codebook = CodebookUsage(num_bits)
+        self.features = FeatureStore()
+        self.values: dict[str, list[Tensor]] = {}
+        """Per image, one tensor a batch."""
+        self.seconds: list[tuple[int, float, float]] = []
+        """Images, encoding and decoding time of each batch."""
+
+    def add(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self.values.setdefault(name, []).append(value.detach().cpu().double())
+
+    def row(self, originals: Float[Tensor, "n D"] | None) -> ReconstructionRow:
+        values = {name: torch.cat(parts) for name, parts in self.values.items()}
+        means = {name: float(value.mean()) for name, value in values.items()}
+        # The first batch pays for memory and kernels that later ones reuse.
+        timed = self.seconds[1:] or self.seconds
+        images = sum(count for count, _, _ in timed)
+        mine = None if originals is None else self.features.features
+        return ReconstructionRow(
+            num_tokens=self.num_tokens,
+            bits_index=means["bits_index"],
+            bits_source=means["bits_source"],
+            psnr=_spread(values["psnr"]),
+            ssim=_spread(values["ssim"]) if "ssim" in values else None,
+            perceptual=means.get("perceptual"),
+            frechet=None if originals is None or mine is None else frechet_distance(originals, mine),
+            kernel=None if originals is None or mine is None else kernel_distance(originals, mine),
+            distinct_tokens=means["distinct"],
+            codebook_used=self.codebook.distinct,
+            codebook_size=2**self.codebook.num_bits,
+            bit_balance=tuple(self.codebook.bit_balance().tolist()),
+            encode_per_second=images / sum(encode for _, encode, _ in timed),
+            decode_per_second=images / sum(decode for _, _, decode in timed),
+        )
+
+
+class _Pass:
+    """The pass over the images."""
+
+    def __init__(
+        self,
+        tok: MergeVQ,
+        tallies: dict[int, _Tally],
+        network: FeatureNetwork | None,
+        perceptual: nn.Module | None,
+        examples: list[Example],
+        originals: FeatureStore,
+    ) -> None:
+        self.tok, self.tallies, self.network, self.perceptual = tok, tallies, network, perceptual
+        self.examples, self.originals = examples, originals
+        self.grid = (0, 0)
+
+    @torch.no_grad()
+    def measure(self, images: Float[Tensor, "B 3 H W"], picked: Sequence[int]) -> None:
+        originals = to_uint8(images)
+        if self.network is not None:
+            self.originals.update(self.network(originals))
+        sources: dict[int, Tensor] = {}
+        drawn: dict[int, Tensor] = {}
+        for k, tally in self.tallies.items():
+            start = _now(images.device)
+            tokens = self.tok.encode(images, k)
+            middle = _now(images.device)
+            decoded = self.tok.decode(tokens)
+            tally.seconds.append((len(images), middle - start, _now(images.device) - middle))
+            assert tokens.source is not None
+            self.grid, sources[k], drawn[k] = tokens.grid, tokens.source.index, to_uint8(decoded)
+            bits, index = tokens.bits_per_image(), tokens.index.sort(dim=1).values
+            tally.codebook.update(tokens.index)
+            tally.add(
+                psnr=psnr(drawn[k], originals),
+                bits_index=bits.index,
+                bits_source=bits.source,
+                distinct=(index[:, 1:] != index[:, :-1]).sum(1) + 1,
+            )
+            if min(images.shape[-2:]) >= WINDOW:
+                tally.add(ssim=ssim(drawn[k], originals))
+            if self.perceptual is not None:
+                # A mean over the batch, so that the mean over all images comes out right with one entry an image.
+                mean: Tensor = self.perceptual(_to_float(drawn[k]), images)
+                tally.add(perceptual=mean.reshape(1).expand(len(images)))
+            if self.network is not None:
+                tally.features.update(self.network(drawn[k]))
+        for i in picked:
+            source = {k: at[i].cpu() for k, at in sources.items()}
+            pictures = {k: _to_float(pixels[i].cpu()) for k, pixels in drawn.items()}
+            self.examples.append(Example(images[i].cpu(), source, pictures))
+
+
+def _to_float(pixels: UInt8[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    return pixels.float() / 127.5 - 1
+
+
+def _spread(values: Tensor) -> Spread:
+    return Spread(float(values.mean()), float(values.std(correction=0)))
+
+
+def _floor(originals: Float[Tensor, "n D"], seed: int) -> Floor:
+    half = len(originals) // 2
+    order = torch.randperm(len(originals), generator=torch.Generator().manual_seed(seed))
+    a, b = originals[order[:half]], originals[order[half : 2 * half]]
+    return Floor(frechet_distance(a, b), kernel_distance(a, b), half)
+
+
+def _notes(seen: int, total: int, side: int, network: FeatureNetwork | None, floor: Floor | None) -> tuple[str, ...]:
+    notes = []
+    if seen < total:
+        notes.append(f"{total - seen} of {total} images could not be read and were left out.")
+    if network is not None and seen < 2:
+        notes.append(f"The distances need at least 2 images, got {seen}: not measured.")
+    if network is not None and seen >= 2:
+        notes.append(
+            f"Fréchet distance of {seen} images on {network.name} ({network.checksum[:12]}); "
+            "it falls with their number, so compare at equal numbers only. The kernel distance does not."
+        )
+    if floor is not None:
+        notes.append(
+            f"Floor: two halves of the originals, {floor.images} images each, are {floor.frechet:.4g} (Fréchet) "
+            f"and {floor.kernel:.4g} (kernel) apart."
+        )
+    elif network is not None:
+        notes.append(f"The floor, the distance of two halves of the originals, needs at least 4 images, got {seen}.")
+    if side < WINDOW:
+        notes.append(f"SSIM needs images of at least {WINDOW} x {WINDOW} pixels, got {side}: not measured.")
+    return tuple(notes)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _hardware(device: torch.device) -> dict[str, Any]:
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device)}
+    return {"device": _cpu_name(), "threads": torch.get_num_threads()}
+
+
+def _cpu_name() -> str:
+    """Returns the processor's model where Linux tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(names), platform.processor() or platform.machine())

@@ -1,0 +1,186 @@
+"""The result of measuring reconstruction: numbers with how they came about, as a value, a table, JSON and HTML."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float, Int
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+SCHEMA = "mergevq.reconstruction/1"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A quantity measured on every image."""
+
+    mean: float
+    std: float
+    """Standard deviation between images (population); 0 for one image."""
+
+
+@dataclass(frozen=True)
+class ReconstructionRow:
+    """What was measured at one K."""
+
+    num_tokens: int
+    bits_index: float
+    """Bits for an image's codebook indices, K * N."""
+    bits_source: float
+    """Bits for an image's source map, L * ceil(log2 K)."""
+    psnr: Spread
+    """Decibels, on images rounded to bytes."""
+    ssim: Spread | None
+    """At most 1; None for images smaller than its window."""
+    perceptual: float | None
+    """Mean distance over images; None if no network was asked for."""
+    frechet: float | None
+    """Fréchet distance of the features of all originals and of all reconstructions; None if it was not measured."""
+    kernel: float | None
+    """Kernel distance (squared MMD, polynomial kernel, unbiased); None if it was not measured."""
+    distinct_tokens: float
+    """Different codebook indices in an image, mean over images."""
+    codebook_used: int
+    """Different codebook indices over all images."""
+    codebook_size: int
+    bit_balance: tuple[float, ...]
+    """Share of tokens in which each bit is 1; bit 0 first."""
+    encode_per_second: float
+    """Images; the networks alone, without reading files."""
+    decode_per_second: float
+
+    @property
+    def bits(self) -> float:
+        """Bits for an image, indices and source map together, without file overhead."""
+        return self.bits_index + self.bits_source
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Distances between two random halves of the originals: what perfect reconstructions of that many images give."""
+
+    frechet: float
+    kernel: float
+    images: int
+    """In each half. The Fréchet distance grows as the number of images falls, so this one lies above that of all."""
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One image to look at, with values in [-1, 1] rounded to bytes."""
+
+    original: Float[Tensor, "3 H W"]
+    source_index: dict[int, Int[Tensor, " L"]]
+    """For each K, the kept token of every patch."""
+    reconstruction: dict[int, Float[Tensor, "3 H W"]]
+    """For each K."""
+
+
+@dataclass(frozen=True, eq=False)
+class ReconstructionReport:
+    """Result of `evaluate_reconstruction`. `print(report)` shows a table."""
+
+    rows: tuple[ReconstructionRow, ...]
+    """One a K, largest K first."""
+    floor: Floor | None
+    protocol: dict[str, Any]
+    """How it was measured: data and how many images, sizes, rounding, networks with checksums, hardware, versions."""
+    notes: tuple[str, ...]
+    """Why something was not measured, or should not be trusted."""
+    grid: tuple[int, int]
+    examples: tuple[Example, ...] = ()
+
+    def distance_names(self) -> tuple[str, str]:
+        """Returns what to call the Fréchet and the kernel distance: rFID and rKID are those on Inception only."""
+        network = (self.protocol["network"] or {"name": "none"})["name"]
+        return ("rFID", "rKID") if network == "inception" else (f"FD-{network}", f"KD-{network}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns everything but the examples, as JSON values under a schema version."""
+        return {
+            "schema": SCHEMA,
+            "protocol": self.protocol,
+            "rows": [_finite({**asdict(row), "bits": row.bits}) for row in self.rows],
+            "floor": None if self.floor is None else asdict(self.floor),
+            "notes": list(self.notes),
+        }
+
+    def table(self) -> Table:
+        """Returns the rows for a terminal."""
+        table = Table(
+            title=self.summary(), title_justify="left", caption="\n".join(self.notes) or None, caption_justify="left"
+        )
+        heads, columns = self.cells()
+        for head in heads:
+            table.add_column(head, justify="right")
+        for cells in columns:
+            table.add_row(*cells)
+        return table
+
+    def cells(self) -> tuple[list[str], list[list[str]]]:
+        """Returns the headings and rows of a table; what was not measured for any K has no column."""
+        frechet, kernel = self.distance_names()
+        columns: list[tuple[str, list[str | None]]] = [
+            ("K", [f"{row.num_tokens}" for row in self.rows]),
+            ("bits = index + map", [_bits(row) for row in self.rows]),
+            ("PSNR dB", [_spread(row.psnr, 2) for row in self.rows]),
+            ("SSIM", [None if row.ssim is None else _spread(row.ssim, 3) for row in self.rows]),
+            (f"perceptual {self.protocol['perceptual']}", [_cell(row.perceptual) for row in self.rows]),
+            (frechet, [_cell(row.frechet) for row in self.rows]),
+            (kernel, [_cell(row.kernel) for row in self.rows]),
+            ("distinct", [f"{row.distinct_tokens:.1f}" for row in self.rows]),
+            ("codebook used", [f"{row.codebook_used:,} of {row.codebook_size:,}" for row in self.rows]),
+            ("encode/s", [f"{row.encode_per_second:.1f}" for row in self.rows]),
+            ("decode/s", [f"{row.decode_per_second:.1f}" for row in self.rows]),
+        ]
+        kept = [(head, cells) for head, cells in columns if any(cell is not None for cell in cells)]
+        rows = zip(*(cells for _, cells in kept), strict=True)
+        return [head for head, _ in kept], [[cell or "–" for cell in row] for row in rows]
+
+    def summary(self) -> str:
+        """Returns what was measured, in one line."""
+        size = self.protocol["image_size"]
+        return f"Reconstruction of {self.protocol['images']} images, {size} x {size} pixels, {self.protocol['data']}"
+
+    def write_html(self, path: str | Path, **options: Any) -> None:
+        """Writes one self-contained page with numbers, plots and pictures; see `mergevq.evaluation.report.render_html`.
+
+        Raises:
+            MissingDependencyError: matplotlib or jinja2 is not installed.
+            WriteError: the file cannot be written.
+        """
+        from mergevq.evaluation.report import render_html
+        from mergevq.files import atomic_write
+
+        atomic_write(path, render_html(self, **options).encode())
+
+    def __str__(self) -> str:
+        console = Console(width=160)
+        with console.capture() as capture:
+            console.print(self.table())
+        return capture.get().rstrip()
+
+
+def _bits(row: ReconstructionRow) -> str:
+    return f"{row.bits:,.0f} = {row.bits_index:,.0f} + {row.bits_source:,.0f}"
+
+
+def _spread(value: Spread, digits: int) -> str:
+    return f"{value.mean:.{digits}f} ± {value.std:.{digits}f}"
+
+
+def _cell(value: float | None) -> str | None:
+    return None if value is None else f"{value:.4g}"
+
+
+def _finite(value: Any) -> Any:
+    """Replaces what JSON has no word for by None: the infinite PSNR of a perfect copy, and its spread."""
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
