@@ -34,13 +34,14 @@ Emoji = dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("packages", nargs="?", type=Path, help="folder with the unpacked packages")
-    given = parser.parse_args().packages
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="where the archives go")
+    arguments = parser.parse_args()
     print(f"Pillow {pillow_version}, libwebp {features.version('webp')}")
     with tempfile.TemporaryDirectory() as temporary:
-        packages = given or download(Path(temporary))
+        packages = arguments.packages or download(Path(temporary))
         emoji = choose(json.loads((packages / "noto" / "package" / "emoji.json").read_text(encoding="utf-8")))
         for vendor in PACKAGES:
-            build(vendor, packages / vendor / "package", emoji)
+            build(vendor, packages / vendor / "package", emoji, arguments.output)
 
 
 def download(folder: Path) -> Path:
@@ -81,7 +82,7 @@ def choose(emoji: list[Emoji]) -> list[Emoji]:
     return chosen
 
 
-def build(vendor: str, package: Path, emoji: list[Emoji]) -> None:
+def build(vendor: str, package: Path, emoji: list[Emoji], output: Path) -> None:
     files: dict[str, bytes] = {}
     seen: set[bytes] = set()
     for e in emoji:
@@ -99,7 +100,7 @@ def build(vendor: str, package: Path, emoji: list[Emoji]) -> None:
         pixels.save(buffer, "WEBP", lossless=True, quality=100, method=6)
         files[f"{part}/{label}/{code}.webp"] = buffer.getvalue()
     files, dropped = thin(files)
-    target = OUTPUT / f"{vendor}.zip"
+    target = output / f"{vendor}.zip"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(pack(files))
     counts = Counter(name.rsplit("/", 1)[0] for name in files)

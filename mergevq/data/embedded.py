@@ -5,7 +5,6 @@ What it holds, who drew it and under which licences is in `emoji_64/LICENSES.md`
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
 
 from mergevq.data.folder import ImageFolder
 from mergevq.errors import ConfigError
@@ -23,7 +22,7 @@ class EmbeddedImages(ImageFolder):
         ConfigError: another part is asked for.
     """
 
-    def __init__(self, part: Literal["train", "val"]) -> None:
+    def __init__(self, part: str) -> None:
         if part not in ("train", "val"):
             raise ConfigError(f"expected 'train' or 'val' as part of the embedded images, got {part!r}")
         super().__init__(Path(str(files("mergevq.data") / "emoji_64")), part=part, cache=True)

@@ -8,7 +8,6 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -33,14 +32,14 @@ _MAX_ASPECT = 16
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def read_image(source: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
+def read_image(source: str | Path | io.BytesIO, name: str | None = None) -> Image.Image:
     """Returns one image as 8-bit RGB, upright, its transparent parts white.
 
     Turns it as its EXIF orientation says; takes grey, palette, CMYK and 16-bit images (scaled to 8 bits) and the first
     frame of an animation. Colour profiles are ignored.
 
     Args:
-        source: a file's path, or an open file.
+        source: a path, or the bytes of a file.
         name: what errors call the image; the path by default.
 
     Raises:
