@@ -1,0 +1,158 @@
+"""Distances between two sets of images as sets of features: Fréchet (FID) and kernel (KID) distance.
+
+A number is comparable only with others of the same feature network (see `mergevq.metrics.features`), the same number
+of images and the same preparation of the images.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mergevq.errors import ShapeError
+
+
+class FeatureStatistics:
+    """Mean and covariance of features, gathered batch by batch in float64 on the CPU."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._shift: Tensor | None = None
+        self._sum = torch.zeros(0, dtype=torch.float64)
+        self._outer = torch.zeros(0, 0, dtype=torch.float64)
+
+    def update(self, features: Float[Tensor, "B D"]) -> None:
+        """Adds the features of a batch.
+
+        Raises:
+            ShapeError: A number is not finite, or the width changed.
+        """
+        x = _checked(features)
+        if self._shift is None:
+            # Sums of squares around the first batch's mean instead of 0 lose no digits where features lie far from 0.
+            self._shift = x.mean(0)
+            self._sum = torch.zeros_like(self._shift)
+            self._outer = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+        if x.shape[1] != len(self._shift):
+            raise ShapeError(f"expected features of width {len(self._shift)}, got {x.shape[1]}")
+        x = x - self._shift
+        self.count += len(x)
+        self._sum += x.sum(0)
+        self._outer += x.T @ x
+
+    @property
+    def mean(self) -> Float[Tensor, "D"]:
+        """Mean of the features so far."""
+        if self._shift is None:
+            raise ShapeError("no features were given: call update() first")
+        return self._shift + self._sum / self.count
+
+    @property
+    def covariance(self) -> Float[Tensor, "D D"]:
+        """Covariance of the features so far, divided by their number less one."""
+        if self.count < 2:
+            raise ShapeError(f"a covariance needs at least 2 images, got {self.count}")
+        mean = self._sum / self.count
+        return (self._outer - self.count * mean[:, None] * mean[None, :]) / (self.count - 1)
+
+
+class FeatureStore:
+    """All features themselves, in float32 on the CPU, for distances that need more than mean and covariance."""
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor] = []
+
+    def update(self, features: Float[Tensor, "B D"]) -> None:
+        """Adds the features of a batch.
+
+        Raises:
+            ShapeError: A number is not finite.
+        """
+        self._parts.append(_checked(features).float())
+
+    @property
+    def features(self) -> Float[Tensor, "n D"]:
+        """Everything so far, in the order given."""
+        if not self._parts:
+            raise ShapeError("no features were given: call update() first")
+        return torch.cat(self._parts)
+
+
+def frechet_distance(a: Float[Tensor, "n D"] | FeatureStatistics, b: Float[Tensor, "m D"] | FeatureStatistics) -> float:
+    """Squared Fréchet distance of the normal distributions fitted to two sets of features; 0 for equal sets.
+
+    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), in float64. Its expectation falls with the number of
+    images, so compare at equal numbers only.
+
+    Args:
+        a: Features, or their statistics gathered batch by batch.
+        b: Likewise.
+
+    Raises:
+        ShapeError: A number is not finite, widths differ, or there are fewer than 2 images.
+
+    Reference:
+        Heusel et al., GANs trained by a two time-scale update rule (arXiv 1706.08500), equation 6.
+    """
+    a, b = _statistics(a), _statistics(b)
+    if a.mean.shape != b.mean.shape:
+        raise ShapeError(f"expected features of one width, got {len(a.mean)} and {len(b.mean)}")
+    cov_a, cov_b = a.covariance, b.covariance
+    # (C_a C_b)^(1/2) has the trace of (R C_b R)^(1/2) with R = C_a^(1/2), which is symmetric: no complex numbers.
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    trace = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
+    distance = (a.mean - b.mean).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace
+    return float(distance)
+
+
+def kernel_distance(a: Float[Tensor, "n D"], b: Float[Tensor, "m D"], block: int = 2048) -> float:
+    """Squared maximum mean discrepancy of two sets of features, kernel (x.y / D + 1)^3: the full unbiased estimate.
+
+    All pairs count, once, and no random subsets are drawn, so the result has no noise of its own; its expectation does
+    not depend on the number of images. It may be slightly negative.
+
+    Args:
+        a: Features.
+        b: Likewise.
+        block: Rows of the kernel matrix held at a time; no effect on the result but round-off.
+
+    Raises:
+        ShapeError: A number is not finite, widths differ, or there are fewer than 2 images.
+
+    Reference:
+        Bińkowski et al., Demystifying MMD GANs (arXiv 1801.01401), equation 4.
+    """
+    a, b = _checked(a), _checked(b)
+    if a.shape[1] != b.shape[1]:
+        raise ShapeError(f"expected features of one width, got {a.shape[1]} and {b.shape[1]}")
+    n, m = len(a), len(b)
+    if min(n, m) < 2:
+        raise ShapeError(f"a kernel distance needs at least 2 images on either side, got {n} and {m}")
+    within_a = _kernel_sum(a, a, block) - _kernel(a.square().sum(1), a.shape[1]).sum()
+    within_b = _kernel_sum(b, b, block) - _kernel(b.square().sum(1), b.shape[1]).sum()
+    between = _kernel_sum(a, b, block)
+    return float(within_a / (n * (n - 1)) + within_b / (m * (m - 1)) - 2 * between / (n * m))
+
+
+def _kernel(dot: Tensor, width: int) -> Tensor:
+    return (dot / width + 1) ** 3
+
+
+def _kernel_sum(a: Tensor, b: Tensor, block: int) -> Tensor:
+    rows = [_kernel(part @ b.T, a.shape[1]).sum() for part in a.split(block)]
+    return torch.stack(rows).sum()
+
+
+def _statistics(features: Tensor | FeatureStatistics) -> FeatureStatistics:
+    if isinstance(features, FeatureStatistics):
+        return features
+    out = FeatureStatistics()
+    out.update(features)
+    return out
+
+
+def _checked(features: Tensor) -> Tensor:
+    x = features.detach().cpu().double()
+    if not x.isfinite().all():
+        raise ShapeError("expected finite features, got NaN or infinity: look at the images or the feature network")
+    return x

@@ -1,0 +1,127 @@
+"""The networks that turn images into features for distribution distances, each with a name and a checksum."""
+
+import hashlib
+import urllib.error
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from mergevq.errors import CheckpointError, ConfigError, MissingDependencyError
+from mergevq.layers.pretrained import EfficientNetLite, Frozen, resize
+
+# The Inception of the FID paper, converted from its TensorFlow weights by torch-fidelity. The name ends in the first
+# digits of the file's SHA-256, which are checked: torch-fidelity unpickles the file.
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+)
+
+
+class FeatureNetwork(nn.Module):
+    """A frozen network from images to features, with what identifies it in a result.
+
+    Args:
+        network: From images [B, 3, H, W] to features [B, D] or [B, D, 1, 1]. It resizes and normalises by itself.
+        name: Under which results are reported.
+        takes_bytes: Whether the network wants uint8; otherwise float in [-1, 1].
+    """
+
+    def __init__(self, network: nn.Module, name: str, takes_bytes: bool = False) -> None:
+        super().__init__()
+        self.network = Frozen(network)
+        self.name = name
+        self.takes_bytes = takes_bytes
+        self.checksum = _checksum(network)
+
+    @torch.no_grad()
+    def forward(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
+        """Features of images in bytes, in float32 whatever the autocast."""
+        with torch.autocast(images.device.type, enabled=False):
+            x = images if self.takes_bytes else images.float() / 127.5 - 1
+            out: Tensor = self.network(x)
+            return out.float().flatten(1)
+
+
+def feature_network(network: str | nn.Module) -> FeatureNetwork:
+    """The feature network of a metric.
+
+    Args:
+        network: inception, the one FID and KID are defined on (D = 2048, from torch-fidelity, downloaded once); lite1,
+            EfficientNet-Lite1 from its package at 240 pixels (D = 1280, no download), whose distances are named
+            FD-lite1 and KD-lite1, never FID; or any network from images in [-1, 1] to features, which resizes and
+            normalises by itself and is reported under its class's name.
+
+    Raises:
+        MissingDependencyError: A package is not installed.
+        CheckpointError: The Inception weights are not on this machine and cannot be downloaded.
+        ConfigError: There is no such network.
+    """
+    if isinstance(network, FeatureNetwork):
+        return network
+    if isinstance(network, nn.Module):
+        return FeatureNetwork(network, type(network).__name__)
+    if network == "lite1":
+        return FeatureNetwork(_Resized(EfficientNetLite(1)), "lite1")
+    if network == "inception":
+        return FeatureNetwork(_Inception(), "inception", takes_bytes=True)
+    raise ConfigError(f"network must be inception, lite1 or a module, got {network!r}")
+
+
+class _Resized(nn.Module):
+    def __init__(self, network: EfficientNetLite) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network.pooled(resize(images, self.network.image_size))
+
+
+class _Inception(nn.Module):
+    """torch-fidelity's Inception, which resizes as the original did."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"network inception needs torch-fidelity ({error}): pip install 'mergevq[eval]', or use network lite1"
+            ) from error
+        self.network: Any = FeatureExtractorInceptionV3("inception", ["2048"], str(_inception_weights()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.network(images)[0]
+        return features
+
+
+def _inception_weights() -> Path:
+    path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rsplit("/", 1)[1]
+    digits = path.stem.rsplit("-", 1)[1]
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=digits, progress=False)
+        except (OSError, urllib.error.URLError, RuntimeError) as error:  # RuntimeError: another checksum
+            raise CheckpointError(
+                f"network inception needs {path.name}, which is not on this machine and cannot be downloaded "
+                f"({error}): connect once, or use network lite1"
+            ) from error
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if not found.startswith(digits):
+        raise CheckpointError(
+            f"{path}: expected SHA-256 {digits}..., got {found[:8]}...: delete the file and try again"
+        )
+    return path
+
+
+def _checksum(network: nn.Module) -> str:
+    """SHA-256 of all parameters and buffers with their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        data = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {data.dtype} {tuple(data.shape)}\n".encode())
+        digest.update(data.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
