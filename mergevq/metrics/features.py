@@ -108,8 +108,7 @@ def _inception_weights() -> Path:
                 f"network inception needs {path.name}, which is not on this machine and cannot be downloaded "
                 f"({error}): connect once, or use network lite1"
             ) from error
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
     if not found.startswith(digits):
         raise CheckpointError(
             f"{path}: expected SHA-256 {digits}..., got {found[:8]}...: delete the file and try again"

@@ -1,6 +1,5 @@
 import math
 
-import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,15 +9,6 @@ from mergevq.losses.adversarial import LeCam, PatchDiscriminator, hinge_discrimi
 from mergevq.losses.alignment import alignment_loss
 from mergevq.losses.reconstruction import pixel_loss
 from mergevq.losses.recovery import recovery_loss
-
-
-@pytest.fixture
-def unchecked_types():
-    """Lets calls with wrong types through to our own messages when the shape-checking hook is on."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def random(*shape, seed=0):
@@ -104,7 +94,7 @@ def test_alignment_with_labels_smooths_them():
     assert alignment_loss(s, labels, "labels").item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.usefixtures("unchecked")
 def test_unknown_kinds():
     with pytest.raises(ConfigError, match="alignment must be kl, cosine or labels, got 'mse'"):
         alignment_loss(random(2, 3), random(2, 3), "mse")

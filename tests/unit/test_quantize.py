@@ -1,4 +1,3 @@
-import jaxtyping
 import pytest
 import torch
 
@@ -14,15 +13,6 @@ from mergevq.quantize import (
     sign_codes,
     split_index,
 )
-
-
-@pytest.fixture
-def unchecked_types():
-    """Lets calls with wrong types through to our own messages when the shape-checking hook is on."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.mark.parametrize("num_bits", range(1, 13))
@@ -103,7 +93,7 @@ def test_weight_zero_leaves_a_token_out_of_every_loss():
         ({"scope": "grouped", "num_bits": 12}, r"add up to num_bits 12, got \(9, 9\)"),
     ],
 )
-@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.usefixtures("unchecked")
 def test_options_that_make_no_sense(options, message):
     with pytest.raises(ConfigError, match=message):
         LFQ(**options)
