@@ -194,6 +194,20 @@ def test_pickled_with_an_open_archive(tmp_path: Path) -> None:
     assert shades(copied) == shades(data) == [0, 1]
 
 
+def test_every_process_opens_the_archive_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = ImageFolder(archive(tmp_path / "all.zip", fill(tmp_path / "loose", ["a.png", "b.png"])))
+    opened = []
+    monkeypatch.setattr(
+        zipfile, "ZipFile", lambda path, original=zipfile.ZipFile: opened.append(path) or original(path)
+    )
+    data.read(1)
+    assert opened == []
+    monkeypatch.setattr("os.getpid", lambda: -1)  # As in a forked worker: handles of one file share its position.
+    data.read(1)
+    data.read(0)
+    assert opened == [tmp_path / "all.zip"]
+
+
 def test_sources_of_a_run(tmp_path: Path) -> None:
     parts = fill(tmp_path / "parts", ["train/cats/a.png", "train/dogs/a.png", "train/dogs/b.png", "val/dogs/c.png"])
     train, val = training_and_validation(parts)

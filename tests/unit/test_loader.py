@@ -1,6 +1,7 @@
 """The order of training: the same whatever the workers, shared out over processes, and continued by a resumed run."""
 
 import itertools
+import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -158,6 +159,17 @@ def test_unreadable_images_are_reported_and_replaced(
     batches = list(evaluation_batches(data, 16, batch_size=2, workers=workers))
     assert numbers(batches) == [0, 1, 4, 5, 6, 7]
     assert sorted(data.unreadable) == ["002.png", "003.png"]
+
+
+def test_workers_do_not_share_an_open_archive(tmp_path: Path) -> None:
+    loose = folder(tmp_path / "loose", 80)
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for path in sorted((tmp_path / "loose").iterdir()):
+            archive.write(path, path.name)
+    packed = ImageFolder(tmp_path / "all.zip")  # Opens the archive in this process, before the workers fork.
+    batches = list(evaluation_batches(packed, 16, batch_size=10, workers=2))
+    assert packed.unreadable == {}
+    assert equal(batches, list(evaluation_batches(loose, 16, batch_size=10)))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
