@@ -77,8 +77,8 @@ def hinge_generator(fake: Float[Tensor, "*fake"]) -> Float[Tensor, ""]:
 class LeCam(nn.Module):
     """Keeps the discriminator's logits near running means of the other side's, which steadies training on little data.
 
-    Call `update` once per optimizer step, before `penalty`, and never in validation. The running means are part of the
-    state_dict.
+    Call `update` once per optimizer step and never in validation; the authors' release does so right before `penalty`.
+    The running means are part of the state_dict.
 
     Args:
         decay: Of the running means, which begin at 0.
