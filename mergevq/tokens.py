@@ -45,8 +45,9 @@ class MergedTokens:
     """The kept tokens of a batch of images, and where their patches are.
 
     Attributes:
-        index: codebook index of each kept token, int64, 0 <= i < 2**num_bits, in the order of first raster positions.
-            K is the largest of the batch; images with fewer tokens are padded with 0, see `mask`.
+        index: codebook index of each kept token, int64, 0 <= i < 2**num_bits. Ordered by first raster position
+            unless the tokenizer is configured otherwise (`merging.order`). K is the largest of the batch; images with
+            fewer tokens are padded with 0, see `mask`.
         source: the kept token of each patch; None leaves it to the recovery model.
         grid: rows and columns of the patch grid; rows * columns = L.
         num_bits: bits of an index.

@@ -1,4 +1,4 @@
-"""The alignment head: class token to a teacher's output (section 3.3 of the paper)."""
+"""The alignment head: class token to a teacher's output (section 3.2 of the paper)."""
 
 from jaxtyping import Float
 from torch import Tensor, nn

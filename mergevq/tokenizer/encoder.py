@@ -64,8 +64,9 @@ class PatchStem(nn.Module):
         self.norm = nn.GroupNorm(config.width, config.width, eps=1e-6)
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D rows columns"]:
-        x: Tensor = self.norm(self.conv(images))
-        return x
+        # Not self.norm(...): nn.GroupNorm refuses a single patch, whose variance is 0.
+        norm = self.norm
+        return torch.group_norm(self.conv(images), norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
 class MergingBlock(TransformerBlock):
