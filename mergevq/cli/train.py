@@ -35,9 +35,11 @@ def train_tokenizer(words: Sequence[str]) -> Callable[..., None]:
             "expected --loop.precision float32 or bf16, got fp16: its one gradient scaler cannot serve two optimizers"
         )
 
+    names = f"One of {', '.join(presets.tokenizer_names())}. Not needed with --resume."
+
     def train(
         out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="RUN")],
-        preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None,
+        preset: Annotated[str | None, tyro.conf.arg(metavar="NAME", help=names)] = name,
         resume: bool = False,
         init: Annotated[str | None, tyro.conf.arg(metavar="M")] = None,
         force: bool = False,
@@ -45,21 +47,20 @@ def train_tokenizer(words: Sequence[str]) -> Callable[..., None]:
         hardware: Annotated[HardwareConfig, tyro.conf.arg(name="")] = HardwareConfig(),  # noqa: B008 - frozen
         run: Annotated[TokenizerRun, tyro.conf.arg(name="")] = base,
     ) -> None:
+        """Train a tokenizer; RUN/model.safetensors is the result, rewritten at each validation.
+
+        A preset names a complete run, and every field of it is an option below; the defaults shown are those of the
+        preset that is named, or of tiny.
+
+        Args:
+            out: Folder of the run.
+            resume: Go on with the run in RUN; its configuration stays but for steps, minutes, intervals and workers.
+            init: Start from the weights of this tokenizer: a file, a run's folder, or a Hugging Face hub id.
+            force: Start anew in a folder that holds something; an earlier run's files are removed.
+            dry_run: Print the resolved configuration, what differs from the preset and the parameter counts, and stop.
+        """
         _train(out, base, run, hardware, resume=resume, init=init, force=force, show_only=dry_run)
 
-    train.__doc__ = f"""Train a tokenizer; RUN/model.safetensors is the result, rewritten at each validation.
-
-    All options but the first few are fields of the run and have the preset's values unless given (shown here:
-    {name or _EXAMPLE}).
-
-    Args:
-        out: Folder of the run.
-        preset: One of {", ".join(presets.tokenizer_names())}. Not needed with --resume.
-        resume: Go on with the run in RUN, which keeps its configuration but for steps, intervals and workers.
-        init: Start from the weights of this tokenizer: a file, a run's folder, or a Hugging Face hub id.
-        force: Start anew in a folder that holds something; an earlier run's files are removed.
-        dry_run: Print the resolved configuration, what differs from the preset and the parameter counts, and stop.
-    """
     return train
 
 

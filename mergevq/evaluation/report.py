@@ -40,7 +40,7 @@ def render_html(
         from jinja2 import Environment, StrictUndefined
     except ImportError as error:
         raise MissingDependencyError(f"the report needs jinja2 ({error}): pip install 'mergevq[eval]'") from error
-    heads, rows = report.cells()
+    heads, lines = report.cells()
     text = files("mergevq.evaluation").joinpath("report.html.j2").read_text(encoding="utf-8")
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return page.from_string(text).render(
@@ -49,10 +49,10 @@ def render_html(
         facts=facts or {},
         summary=report.summary(),
         heads=heads,
-        rows=rows,
+        lines=lines,
         notes=report.notes,
         plot=_data_uri(rate_distortion_plot(report), "svg+xml"),
-        counts=[row.num_tokens for row in report.rows],
+        counts=_shown_counts(report),
         examples=[_pictures(example, report) for example in report.examples],
         protocol={name: _readable(value) for name, value in report.protocol.items()},
         json=json.dumps(report.to_json(), indent=1),
@@ -120,7 +120,7 @@ def report_picture(
 
     Args:
         report: has the examples.
-        num_tokens: which K; all by default.
+        num_tokens: which K; all that the examples have by default.
         rows: at most so many images.
         cell: side of each picture in pixels.
 
@@ -129,7 +129,7 @@ def report_picture(
     """
     if not report.examples:
         raise ShapeError("expected a report with examples to draw, got none: evaluate with examples=8")
-    counts = [row.num_tokens for row in report.rows] if num_tokens is None else list(num_tokens)
+    counts = _shown_counts(report) if num_tokens is None else list(num_tokens)
     bits = {row.num_tokens: row.bits for row in report.rows}
     titles = ["original"]
     for k in counts:
@@ -143,6 +143,10 @@ def report_picture(
             row += [example.reconstruction[k]]
         sheet.append(row)
     return contact_sheet(sheet, titles, cell=cell)
+
+
+def _shown_counts(report: ReconstructionReport) -> list[int]:
+    return list(report.examples[0].source_index) if report.examples else []
 
 
 def _pictures(example: Example, report: ReconstructionReport) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 SCHEMA = "mergevq.reconstruction/1"
@@ -110,36 +111,38 @@ class ReconstructionReport:
         }
 
     def table(self) -> Table:
-        """Returns the rows for a terminal."""
-        table = Table(
-            title=self.summary(), title_justify="left", caption="\n".join(self.notes) or None, caption_justify="left"
-        )
-        heads, columns = self.cells()
-        for head in heads:
-            table.add_column(head, justify="right")
-        for cells in columns:
-            table.add_row(*cells)
+        """Returns a column for each K, for a terminal."""
+        # Text, because a folder's name may look like markup.
+        title, caption = Text(self.summary()), Text("\n".join(self.notes))
+        table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+        heads, lines = self.cells()
+        for i, head in enumerate(heads):
+            table.add_column(head, justify="right" if i else "left")
+        for line in lines:
+            table.add_row(*line)
         return table
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
-        """Returns the headings and rows of a table; what was not measured for any K has no column."""
+        """Returns the heading and the lines of a table, one line a quantity; what was not measured has no line."""
         frechet, kernel = self.distance_names()
-        columns: list[tuple[str, list[str | None]]] = [
-            ("K", [f"{row.num_tokens}" for row in self.rows]),
-            ("bits = index + map", [_bits(row) for row in self.rows]),
-            ("PSNR dB", [_spread(row.psnr, 2) for row in self.rows]),
+        size = f"{self.rows[0].codebook_size:,}"
+        lines: list[tuple[str, list[str | None]]] = [
+            ("bits per image", [f"{row.bits:,.0f}" for row in self.rows]),
+            ("  for indices", [f"{row.bits_index:,.0f}" for row in self.rows]),
+            ("  for the source map", [f"{row.bits_source:,.0f}" for row in self.rows]),
+            ("PSNR in dB", [_spread(row.psnr, 2) for row in self.rows]),
             ("SSIM", [None if row.ssim is None else _spread(row.ssim, 3) for row in self.rows]),
-            (f"perceptual {self.protocol['perceptual']}", [_cell(row.perceptual) for row in self.rows]),
+            (f"perceptual ({self.protocol['perceptual']})", [_cell(row.perceptual) for row in self.rows]),
             (frechet, [_cell(row.frechet) for row in self.rows]),
             (kernel, [_cell(row.kernel) for row in self.rows]),
-            ("distinct", [f"{row.distinct_tokens:.1f}" for row in self.rows]),
-            ("codebook used", [f"{row.codebook_used:,} of {row.codebook_size:,}" for row in self.rows]),
-            ("encode/s", [f"{row.encode_per_second:.1f}" for row in self.rows]),
-            ("decode/s", [f"{row.decode_per_second:.1f}" for row in self.rows]),
+            ("distinct indices an image", [f"{row.distinct_tokens:.1f}" for row in self.rows]),
+            (f"indices used of {size}", [f"{row.codebook_used:,}" for row in self.rows]),
+            ("share of ones in a bit", [_range(row.bit_balance) for row in self.rows]),
+            ("encoded images/s", [f"{row.encode_per_second:.1f}" for row in self.rows]),
+            ("decoded images/s", [f"{row.decode_per_second:.1f}" for row in self.rows]),
         ]
-        kept = [(head, cells) for head, cells in columns if any(cell is not None for cell in cells)]
-        rows = zip(*(cells for _, cells in kept), strict=True)
-        return [head for head, _ in kept], [[cell or "–" for cell in row] for row in rows]
+        kept = [(head, [cell or "" for cell in cells]) for head, cells in lines if any(cells)]
+        return ["", *(f"K = {row.num_tokens}" for row in self.rows)], [[head, *cells] for head, cells in kept]
 
     def summary(self) -> str:
         """Returns what was measured, in one line."""
@@ -159,18 +162,18 @@ class ReconstructionReport:
         atomic_write(path, render_html(self, **options).encode())
 
     def __str__(self) -> str:
-        console = Console(width=160)
+        console = Console(width=max(80, 30 + 16 * len(self.rows)))
         with console.capture() as capture:
             console.print(self.table())
         return capture.get().rstrip()
 
 
-def _bits(row: ReconstructionRow) -> str:
-    return f"{row.bits:,.0f} = {row.bits_index:,.0f} + {row.bits_source:,.0f}"
-
-
 def _spread(value: Spread, digits: int) -> str:
     return f"{value.mean:.{digits}f} ± {value.std:.{digits}f}"
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{min(values):.2f} – {max(values):.2f}"
 
 
 def _cell(value: float | None) -> str | None:
