@@ -61,7 +61,7 @@ class LossConfig:
 @dataclass(frozen=True)
 class DataConfig:
     train: str = "embedded"
-    """Folder of images with or without class subfolders, .zip or pattern of them (train-*.zip), or the word embedded."""
+    """Folder of images, with or without class subfolders, a .zip or a pattern of them (train-*.zip), or embedded."""
     val: str = ""
     """Folder of held-out images; empty takes them from `train` (the embedded set has its own split)."""
     val_fraction: float = 0.02

@@ -121,15 +121,13 @@ class RunLog:
         return f"{clock} left"
 
 
+_SHOWN_AS = {"num_tokens": "K", "images_per_second": "images/s"}
+
+
 def _readable(record: Mapping[str, Any]) -> str:
     shown = [f"{record['kind']} step {record['step']}"]
     for name, value in record.items():
-        if name in ("kind", "step"):
-            continue
-        entries = value.items() if isinstance(value, Mapping) else ((name, value),)
-        shown += [f"{key.replace('_', ' ')} {_short(number)}" for key, number in entries]
+        if name not in ("kind", "step", "elapsed"):
+            number = f"{value:.4g}" if isinstance(value, float) else value
+            shown.append(f"{_SHOWN_AS.get(name, name.replace('_', ' '))} {number}")
     return "  ".join(shown)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,5 +1,6 @@
 """A run that trains a tokenizer of a few thousand weights in a second, with every loss on, and images for it."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,15 @@ from mergevq.tokenizer.config import TokenizerConfig
 from mergevq.training.config import DataConfig, LoopConfig, LossConfig, LossWeights, OptimConfig, TokenizerRun
 
 NUM_IMAGES = 13
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads cost tiny networks more than they give, and OpenMP's do not survive the fork of a two-process test."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Perceptual(nn.Module):

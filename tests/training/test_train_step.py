@@ -107,6 +107,17 @@ def test_recovery_moves_the_encoder_only_if_asked(fabric, tiny_run, batch):
     assert norms[False] == 0
 
 
+def test_labels_can_be_the_target(fabric, tiny_run, batch):
+    run = changed(only(tiny_run, alignment=1.0), loss={"alignment": "labels"}, loop={"num_tokens": (20,)})
+    labels = [torch.tensor([3, 9]), torch.tensor([0, 3])]
+    labelled = [{**micro, "label": label} for micro, label in zip(batch, labels, strict=True)]
+    state, twin = build_state(fabric, run), build_state(fabric, run)
+    value = train_step(state, labelled, run).values["alignment"]
+    outputs = [twin.model.forward_alignment(micro["view_student"], 20) for micro in batch]
+    expected = nn.functional.cross_entropy(torch.cat(outputs), torch.cat(labels), label_smoothing=0.1)
+    assert value == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_clipping_is_of_each_network(state, batch, tiny_run):
     run = changed(tiny_run, optim={"clip_norm": 1e-3})
     report = train_step(state, batch, run)
