@@ -1,0 +1,82 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from mergevq import presets
+from mergevq.cli.main import main
+from mergevq.data.images import write_images
+from mergevq.tokenizer.model import MergeVQ
+from mergevq.tokens import load_tokens
+from mergevq.training.config import TokenizerRun
+
+SMALL = ["--loop.steps", "2", "--loop.batch-size", "2", "--loop.val-images", "2", "--loop.val-num-tokens", "64", "--loss.weights.perceptual", "0", "--model.image-size", "32", "--model.num-tokens", "20", "--loop.num-tokens", "64", "20", "--data.workers", "0"]
+
+
+def test_dry_run_prints_the_difference_and_the_parameters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "tokenizer", "--preset", "gr_256", "--out", str(tmp_path / "run"), "--dry-run"]
+    assert main([*words, "--optim.lr", "2e-4"]) == 0
+    out = capsys.readouterr().out
+    assert "optim.lr = 0.0002 (preset 0.0001)" in out
+    with torch.device("meta"):
+        encoder = MergeVQ(presets.tokenizer("gr_256").model).encoder
+    assert f"{sum(p.numel() for p in encoder.parameters()):,}  encoder" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_trained_resumed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_images(tmp_path / "photos", torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    run, photos = str(tmp_path / "run"), ["--data.train", str(tmp_path / "photos"), "--data.val-fraction", "0.3"]
+    train = ["train", "tokenizer", "--out", run, "--accelerator", "cpu"]
+    assert main([*train, "--preset", "tiny", *photos, *SMALL]) == 0
+    assert capsys.readouterr().out == f"{run}/model.safetensors\n"
+    config = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
+    assert config["model"]["image_size"] == 32 and config["loop"]["num_tokens"] == [64, 20]
+    assert MergeVQ.from_pretrained(run).config.num_tokens == 20
+
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    assert main([*train, "--preset", "tiny", *photos, *SMALL]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert main([*train, "--resume", "--optim.lr", "1e-3"]) == 2
+    assert "optim.lr" in capsys.readouterr().err
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+
+    # Without --preset the configuration is that of the run.
+    assert main([*train, "--resume", "--loop.steps", "3"]) == 0
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert max(steps) == 3
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() != before
+
+
+def test_the_demo_trains_round_trips_measures_and_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = presets.tiny()
+
+    def small() -> TokenizerRun:
+        weights = replace(full.loss.weights, perceptual=0.0)
+        loop = replace(full.loop, steps=2, batch_size=2, val_images=2, val_num_tokens=(64,))
+        return replace(full, loss=replace(full.loss, weights=weights), loop=loop)
+
+    monkeypatch.setattr(presets, "tiny", small)
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), "--images", "4", "--minutes", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert "PSNR in dB" in printed and f"report   {out}/report.html" in printed
+
+    tok = MergeVQ.from_pretrained(out)
+    report = json.loads((out / "report.json").read_text())
+    assert [row["num_tokens"] for row in report["rows"]] == [256, 196, 144, 100, 64]
+    assert report["protocol"]["images"] == 4 and report["protocol"]["tokenizer"] == tok.fingerprint()
+    page = (out / "report.html").read_text()
+    for k in (256, 144, 64):
+        tokens = load_tokens(out / f"held_out_{k}.mvq", expect_tokenizer=tok.fingerprint())
+        assert tokens.num_tokens.tolist() == [k] * 9, "one image of each class"
+        assert f"9 images of {k} tokens in {(out / f'held_out_{k}.mvq').stat().st_size:,} bytes" in page
+    # The plot; for nine images the original, and a reconstruction and a map at three K.
+    assert page.count("<img ") == 1 + 9 * (1 + 2 * 3)
+    with Image.open(out / "report.png") as picture:
+        assert picture.width > 7 * 160 and picture.height > 6 * 160
