@@ -13,7 +13,11 @@ from mergevq.tokenizer.model import MergeVQ
 from mergevq.tokens import load_tokens
 from mergevq.training.config import TokenizerRun
 
-SMALL = ["--loop.steps", "2", "--loop.batch-size", "2", "--loop.val-images", "2", "--loop.val-num-tokens", "64", "--loss.weights.perceptual", "0", "--model.image-size", "32", "--model.num-tokens", "20", "--loop.num-tokens", "64", "20", "--data.workers", "0"]
+SMALL = (
+    *("--loop.steps", "2", "--loop.batch-size", "2", "--loop.num-tokens", "64", "20", "--loop.val-num-tokens", "64"),
+    *("--loop.val-images", "2", "--loss.weights.perceptual", "0", "--data.workers", "0"),
+    *("--model.image-size", "32", "--model.num-tokens", "20"),
+)
 
 
 def test_dry_run_prints_the_difference_and_the_parameters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
