@@ -55,12 +55,23 @@ def tiny() -> TokenizerRun:
             layer_scale=0.1,
             encoder=EncoderConfig(channels=48, multipliers=(1, 2), blocks=(1, 1), stem_stride=2, depth=3, heads=4),
             quantizer=QuantizerConfig(norm="layer", temperature=1.0, groups=(6, 6)),
-            decoder=DecoderConfig(channels=48, multipliers=(1, 2), blocks=(1, 2), output_stride=2, depth=1, heads=4),
+            decoder=DecoderConfig(
+                channels=48,
+                multipliers=(1, 2),
+                blocks=(1, 2),
+                output_stride=2,
+                # Depth-to-space leaves a dot texture that the stride-2 perceptual network does not see.
+                upsample="nearest",
+                depth=1,
+                heads=4,
+            ),
             recovery=RecoveryConfig(enabled=False),
             alignment=AlignmentConfig(enabled=False),
         ),
         loss=LossConfig(
-            weights=LossWeights(adversarial=0.0, recovery=0.0, alignment=0.0, lecam=0.0), perceptual="lite0"
+            # Lite0's distance is several times LPIPS's; at weight 1 it drowns the pixels and colours drift.
+            weights=LossWeights(perceptual=0.25, adversarial=0.0, recovery=0.0, alignment=0.0, lecam=0.0),
+            perceptual="lite0",
         ),
         data=DataConfig(flip=True),
         optim=OptimConfig(
