@@ -7,6 +7,7 @@ encoder). The 256-pixel presets follow the paper's table A1 and the authors' con
 import difflib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 from mergevq.errors import ConfigError
@@ -199,7 +200,9 @@ def _small(
     recovery: float,
     num_tokens: int,
 ) -> TokenizerRun:
-    """One GPU, a day or less; perceptual network and teacher come from a package, so nothing is downloaded."""
+    """One GPU, a day or less; perceptual network and teacher come from a package, so nothing is downloaded. Upsampling
+    and perceptual weight are the demo's, for the reasons given there.
+    """
     half = num_bits // 2
     model = TokenizerConfig(
         image_size=size,
@@ -209,7 +212,7 @@ def _small(
         layer_scale=0.1,
         encoder=encoder,
         quantizer=QuantizerConfig(norm="layer", temperature=1.0, groups=(num_bits - half, half)),
-        decoder=decoder,
+        decoder=replace(decoder, upsample="nearest"),
         recovery=RecoveryConfig(width=256),
         alignment=AlignmentConfig(head="two", teacher_dim=1280),
     )
@@ -217,7 +220,7 @@ def _small(
     return TokenizerRun(
         model=model,
         loss=LossConfig(
-            weights=LossWeights(alignment=alignment, recovery=recovery),
+            weights=LossWeights(perceptual=0.25, alignment=alignment, recovery=recovery),
             perceptual="lite0",
             teacher="lite0",
             disc_start=5_000,
