@@ -104,9 +104,12 @@ def _round_trip(tok: Any, held_out: Any, out: Path) -> tuple[tuple[Any, ...], di
 
 
 def _one_of_each_class(labels: Sequence[int]) -> list[int]:
-    """Returns the number of the middle image of each class, in the order of the classes."""
-    numbers = {label: [i for i, other in enumerate(labels) if other == label] for label in sorted(set(labels))}
-    return [members[len(members) // 2] for members in numbers.values()]
+    """Returns the number of one image of each class, by turns from the first and the second half of the class.
+
+    The halves are those of the two artists: the embedded images are sorted by them.
+    """
+    classes = [[i for i, other in enumerate(labels) if other == label] for label in sorted(set(labels))]
+    return [members[len(members) * (1 + 2 * (i % 2)) // 4] for i, members in enumerate(classes)]
 
 
 def _training_facts(out: Path, seconds: float) -> str:

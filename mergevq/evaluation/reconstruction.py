@@ -19,7 +19,7 @@ from mergevq.evaluation.result import Example, Floor, ReconstructionReport, Reco
 from mergevq.losses.perceptual import build_perceptual
 from mergevq.metrics.codebook import CodebookUsage
 from mergevq.metrics.distribution import FeatureStore, frechet_distance, kernel_distance
-from mergevq.metrics.features import FeatureNetwork, feature_network
+from mergevq.metrics.features import FeatureNetwork, feature_network, weights_checksum
 from mergevq.metrics.image import WINDOW, psnr, ssim, to_uint8
 from mergevq.tokenizer.model import MergeVQ
 
@@ -110,7 +110,7 @@ def evaluate_reconstruction(
         "rounding": "reconstructions clamped to [-1, 1] and rounded to bytes",
         "ssim": f"Gaussian {WINDOW} x {WINDOW}, sigma 1.5, no padding, mean over channels",
         "network": None if features is None else {"name": features.name, "sha256": features.checksum},
-        "perceptual": perceptual if perceptual is None or isinstance(perceptual, str) else type(perceptual).__name__,
+        "perceptual": None if distance is None else _identity(perceptual, distance),
         "tokenizer": tok.fingerprint(),
         "num_patches": run.grid[0] * run.grid[1],
         "num_bits": tok.config.num_bits,
@@ -260,6 +260,11 @@ def _notes(seen: int, total: int, side: int, network: FeatureNetwork | None, flo
     if side < WINDOW:
         notes.append(f"SSIM needs images of at least {WINDOW} x {WINDOW} pixels, got {side}: not measured.")
     return tuple(notes)
+
+
+def _identity(given: str | nn.Module | None, network: nn.Module) -> dict[str, str]:
+    name = given if isinstance(given, str) else type(network).__name__
+    return {"name": name, "sha256": weights_checksum(network)}
 
 
 def _now(device: torch.device) -> float:

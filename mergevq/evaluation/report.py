@@ -70,7 +70,7 @@ def rate_distortion_plot(report: ReconstructionReport) -> bytes:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependencyError(f"plots need matplotlib ({error}): pip install 'mergevq[eval]'") from error
-    perceptual = f"perceptual distance ({report.protocol['perceptual']})"
+    perceptual = f"perceptual distance ({report.perceptual_name()})"
     measured: list[tuple[str, list[float | None], float | None]] = [
         ("PSNR in dB", [row.psnr.mean for row in report.rows], None),
         ("SSIM", [None if row.ssim is None else row.ssim.mean for row in report.rows], None),
@@ -114,9 +114,9 @@ def rate_distortion_plot(report: ReconstructionReport) -> bytes:
 
 
 def report_picture(
-    report: ReconstructionReport, num_tokens: Sequence[int] | None = None, *, rows: int = 6, cell: int = 160
+    report: ReconstructionReport, num_tokens: Sequence[int] | None = None, *, rows: int = 9, cell: int = 128
 ) -> Image.Image:
-    """Returns a sheet of examples: the original, then the token map and the reconstruction at each K.
+    """Returns a sheet of examples: the original, then at each K the token map (if anything was merged) and the result.
 
     Args:
         report: has the examples.
@@ -131,16 +131,18 @@ def report_picture(
         raise ShapeError("expected a report with examples to draw, got none: evaluate with examples=8")
     counts = _shown_counts(report) if num_tokens is None else list(num_tokens)
     bits = {row.num_tokens: row.bits for row in report.rows}
+    merged = {k for k in counts if k < report.grid[0] * report.grid[1]}  # The map of the others is the patch grid.
     titles = ["original"]
     for k in counts:
-        titles += [f"token map\nK = {k}", f"K = {k}\n{bits[k]:,.0f} bits"]
+        titles += [*([f"token map\nK = {k}"] if k in merged else []), f"K = {k}\n{bits[k]:,.0f} bits"]
     sheet = []
     for example in report.examples[:rows]:
         scale = max(1, -(-cell // example.original.shape[-1]))
         row = [example.original]
         for k in counts:
-            row += [draw_token_map(example.original, example.source_index[k], report.grid, scale=scale)]
-            row += [example.reconstruction[k]]
+            if k in merged:
+                row.append(draw_token_map(example.original, example.source_index[k], report.grid, scale=scale))
+            row.append(example.reconstruction[k])
         sheet.append(row)
     return contact_sheet(sheet, titles, cell=cell)
 

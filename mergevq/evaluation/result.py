@@ -97,8 +97,12 @@ class ReconstructionReport:
 
     def distance_names(self) -> tuple[str, str]:
         """Returns what to call the Fréchet and the kernel distance: rFID and rKID are those on Inception only."""
-        network = (self.protocol["network"] or {"name": "none"})["name"]
+        network = _name(self.protocol["network"])
         return ("rFID", "rKID") if network == "inception" else (f"FD-{network}", f"KD-{network}")
+
+    def perceptual_name(self) -> str:
+        """Returns the name of the perceptual distance's network."""
+        return _name(self.protocol["perceptual"])
 
     def to_json(self) -> dict[str, Any]:
         """Returns everything but the examples, as JSON values under a schema version."""
@@ -132,7 +136,7 @@ class ReconstructionReport:
             ("  for the source map", [f"{row.bits_source:,.0f}" for row in self.rows]),
             ("PSNR in dB", [_spread(row.psnr, 2) for row in self.rows]),
             ("SSIM", [None if row.ssim is None else _spread(row.ssim, 3) for row in self.rows]),
-            (f"perceptual ({self.protocol['perceptual']})", [_cell(row.perceptual) for row in self.rows]),
+            (f"perceptual ({self.perceptual_name()})", [_cell(row.perceptual) for row in self.rows]),
             (frechet, [_cell(row.frechet) for row in self.rows]),
             (kernel, [_cell(row.kernel) for row in self.rows]),
             ("distinct indices an image", [f"{row.distinct_tokens:.1f}" for row in self.rows]),
@@ -166,6 +170,10 @@ class ReconstructionReport:
         with console.capture() as capture:
             console.print(self.table())
         return capture.get().rstrip()
+
+
+def _name(network: dict[str, str] | None) -> str:
+    return "none" if network is None else network["name"]
 
 
 def _spread(value: Spread, digits: int) -> str:

@@ -93,7 +93,7 @@ def contact_sheet(
     """
     if not rows or not any(rows):
         raise ShapeError("expected at least one image for a contact sheet, got none")
-    font = ImageFont.load_default(size=max(10, cell // 13))
+    font = ImageFont.load_default(size=max(12, cell // 13))
     pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     left = gap + _text_size(pen, row_titles, font)[0]
     top = gap + _text_size(pen, column_titles, font)[1]

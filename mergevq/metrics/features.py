@@ -33,7 +33,7 @@ class FeatureNetwork(nn.Module):
         self.network = Frozen(network)
         self.name = name
         self.takes_bytes = takes_bytes
-        self.checksum = _checksum(network)
+        self.checksum = weights_checksum(network)
 
     @torch.no_grad()
     def forward(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
@@ -116,7 +116,7 @@ def _inception_weights() -> Path:
     return path
 
 
-def _checksum(network: nn.Module) -> str:
+def weights_checksum(network: nn.Module) -> str:
     """SHA-256 of all parameters and buffers with their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):

@@ -83,4 +83,4 @@ def test_the_demo_trains_round_trips_measures_and_reports(
     # The plot; for nine images the original, and a reconstruction and a map at three K.
     assert page.count("<img ") == 1 + 9 * (1 + 2 * 3)
     with Image.open(out / "report.png") as picture:
-        assert picture.width > 7 * 160 and picture.height > 6 * 160
+        assert picture.width > 6 * 136 and picture.height > 9 * 136

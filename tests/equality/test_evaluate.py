@@ -88,6 +88,7 @@ def test_distances_are_those_between_the_files(tiny_tokenizer: MergeVQ, folder: 
     assert row.kernel == pytest.approx(kernel_distance(network(images), network(back)), rel=1e-4)
     assert row.perceptual == pytest.approx((back - images).abs().mean().item(), rel=1e-5)
     assert report.protocol["network"]["name"] == "Corners" and len(report.protocol["network"]["sha256"]) == 64
+    assert report.protocol["perceptual"]["name"] == "MeanDifference"
     assert report.distance_names() == ("FD-Corners", "KD-Corners")
     assert report.floor is not None and report.floor.images == 3
     again = evaluate_reconstruction(tiny_tokenizer, folder, (20,), network=network)

@@ -31,7 +31,7 @@ def _report(network: str = "lite1", data: str = "photos", **changes: Any) -> Rec
         "images": 5,
         "image_size": 8,
         "network": {"name": network, "sha256": "0123"},
-        "perceptual": "lite0",
+        "perceptual": {"name": "lite0", "sha256": "4567"},
     }
     fields: dict[str, Any] = {
         "rows": (_row(4), _row(2, psnr=18.0, frechet=7.25)),
@@ -120,7 +120,8 @@ def test_print_shows_a_table_that_brackets_do_not_confuse() -> None:
     assert re.search(r"PSNR in dB +│ +20\.00 ± 1\.50 +│ +18\.00 ± 1\.50", text)
 
 
-def test_the_picture_has_a_row_for_each_image_and_pairs_for_each_k() -> None:
+def test_the_picture_has_a_row_for_each_image_and_a_map_where_tokens_were_merged() -> None:
+    # At K = 4 = L nothing is merged: the original and the result. At K = 2 a map comes between.
     small = report_picture(_report(), [4], rows=1, cell=20)
     large = report_picture(_report(), cell=20)
     assert large.height - small.height == 28 and large.width - small.width == 2 * 28
