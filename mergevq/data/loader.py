@@ -6,6 +6,7 @@ W * B images; process r gets the r-th slice.
 
 import logging
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -185,6 +186,7 @@ def _load(dataset: ImageFolder, items: Dataset[_Item], order: Any, workers: int)
         pin_memory=torch.cuda.is_available(),
         # Without it the loader draws from the global generator, and a resumed run would differ.
         generator=torch.Generator(),
+        worker_init_fn=_ignore_interrupt,
     )
     logged: set[str] = set()
     some = False
@@ -202,3 +204,8 @@ def _load(dataset: ImageFolder, items: Dataset[_Item], order: Any, workers: int)
         raise DataError(str(error).strip().splitlines()[-1].removeprefix("mergevq.errors.DataError: ")) from error
     if logged and not some:
         raise DataError(f"{dataset.root}: {all_unreadable(len(logged), next(iter(dataset.unreadable.values())))}")
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Lets the training process, which Ctrl-C reaches as well, decide when its readers end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
