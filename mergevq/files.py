@@ -122,6 +122,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mappin
     """
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
+        mode = temporary.stat().st_mode
         try:
             safetensors.torch.save_file(stored, temporary, metadata=dict(header))
         except safetensors.SafetensorError as error:  # An OSError in disguise; its number is only in the text.
@@ -129,6 +130,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mappin
             if number is None:
                 raise
             raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+        temporary.chmod(mode)  # It put a file of its own there, which nobody else may read.
         _sort_header(temporary)
 
 

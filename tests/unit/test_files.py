@@ -59,7 +59,9 @@ def test_atomic_write_replaces_the_whole_file_and_leaves_nothing_else(tmp_path: 
 def test_new_files_have_the_permissions_of_any_new_file(tmp_path: Path) -> None:
     (tmp_path / "plain").write_bytes(b"")
     atomic_write(tmp_path / "atomic", b"")
-    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    save_tensors(tmp_path / "tensors", {"a": torch.zeros(1)}, {})
+    for name in ("atomic", "tensors"):
+        assert (tmp_path / name).stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_the_temporary_file_is_hidden_in_the_same_folder_and_keeps_the_suffix(tmp_path: Path) -> None:
