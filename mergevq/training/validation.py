@@ -15,6 +15,7 @@ from mergevq.training.config import TokenizerRun
 from mergevq.training.state import TrainState
 from mergevq.training.steps import reconstruction_terms
 
+_CELL = 192  # Side of each picture, in pixels.
 _DRAWN = 4
 """Images in a picture."""
 
@@ -75,10 +76,12 @@ def draw_held_out(path: Path, state: TrainState, images: ImageFolder, run: Token
     image = state.fabric.to_device(batch["image"])
     tokens = model.encode(image, shown)
     assert tokens.source is not None
-    maps = [draw_token_map(one, index, tokens.grid) for one, index in zip(image, tokens.source.index, strict=True)]
-    columns = [image, torch.stack(maps), *(model.reconstruct(image, count) for count in counts)]
+    scale = -(-_CELL // image.shape[-1])  # Enlarged before the outlines are drawn, not with them.
+    sources = tokens.source.index
+    maps = [draw_token_map(one, at, tokens.grid, scale=scale) for one, at in zip(image, sources, strict=True)]
+    columns: list[Tensor] = [image, torch.stack(maps), *(model.reconstruct(image, count) for count in counts)]
     rows = [[column[i].cpu() for column in columns] for i in range(len(image))]
-    sheet = contact_sheet(rows, ["image", f"tokens, K = {shown}", *(f"K = {count}" for count in counts)])
+    sheet = contact_sheet(rows, ["image", f"tokens, K = {shown}", *(f"K = {count}" for count in counts)], cell=_CELL)
     with atomic_path(path) as temporary:
         sheet.save(temporary)
 
