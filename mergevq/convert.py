@@ -71,7 +71,8 @@ def tokenizer_from_release(
     unexpected = [n for n in state_dict if n not in expected and not n.startswith(_NOT_TOKENIZER)]
     if missing or unexpected:
         raise CheckpointError(
-            f"the checkpoint does not fit its configuration: {len(missing)} tensors missing ({', '.join(missing[:10])}), "
+            "the checkpoint does not fit its configuration: "
+            f"{len(missing)} tensors missing ({', '.join(missing[:10])}), "
             f"{len(unexpected)} unexpected ({', '.join(unexpected[:10])})"
         )
     load_strict(model, ours, "the checkpoint")

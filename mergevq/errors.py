@@ -1,7 +1,7 @@
 """Every error that mergevq raises on purpose.
 
-All of them are `MergeVQError`, and each is a builtin error too, so that `except ValueError` keeps working. The command line prints them as one line.
-A message says what was expected, what came, and what to do about it.
+All of them are `MergeVQError`, and each is a builtin error too, so that `except ValueError` keeps working. The command
+line prints them as one line. A message says what was expected, what came, and what to do about it.
 """
 
 
@@ -30,7 +30,7 @@ class DataError(MergeVQError, ValueError):
 
 
 class WriteError(MergeVQError, OSError):
-    """A file cannot be written: the disk is full, or the place does not allow it. What was there before is untouched."""
+    """A file cannot be written: the disk is full, or the place forbids it. What was there before is untouched."""
 
 
 class OutputExistsError(MergeVQError, FileExistsError):

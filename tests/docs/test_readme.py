@@ -1,0 +1,67 @@
+"""The README's Python runs as it stands, and its commands exist."""
+
+import contextlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import mergevq
+from mergevq import presets
+from mergevq.cli.main import main
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    mergevq.MergeVQ(presets.tiny().model).save_pretrained(tmp_path / "demo" / "model.safetensors")
+    mergevq.write_images(tmp_path / "photos", torch.rand(2, 3, 80, 100) * 2 - 1)
+    monkeypatch.chdir(tmp_path)
+    block = re.search(r"```python\n(.*?)```", README, re.S)
+    assert block is not None
+    assert len([line for line in block[1].splitlines() if line]) == 8
+    names: dict = {}
+    exec(block[1], names)
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+    assert torch.equal(names["same"], names["tok"].decode(names["tokens"]))
+    assert names["features"].shape == (2, 96)
+    # 100 tokens of 12 bits and 256 patches of 7 bits, as the comment says.
+    said = re.search(r"bit-packed: (\d+) bytes", block[1])
+    assert said is not None
+    assert int(said[1]) == -(-100 * 12 // 8) + 256 * 7 // 8
+
+
+def test_both_set_up_commands_are_targets() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for command in ("make demo", "make test"):
+        assert command in README
+        assert f"\n{command.removeprefix('make ')}:" in makefile
+
+
+def test_every_verb_of_the_readme_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    verbs = set(re.findall(r"^mergevq (\w+)", README, re.M))
+    assert verbs == {"demo", "encode", "decode", "show", "train", "eval", "convert", "info"}
+    for verb in verbs:
+        # The parser leaves with exit status 0 after the help.
+        with contextlib.suppress(SystemExit):
+            main([verb, "--help"])
+        assert "usage: mergevq" in capsys.readouterr().out
+
+
+def test_the_presets_table_is_the_presets() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", README, re.M))
+    assert tuple(rows) == presets.tokenizer_names()
+    for name, row in rows.items():
+        config = presets.tokenizer(name).model
+        with torch.device("meta"):
+            model = mergevq.MergeVQ(config)
+        encoder, decoder = (
+            f"{sum(p.numel() for p in part.parameters()) / 1e6:.1f} M" for part in (model.encoder, model.decoder)
+        )
+        cells = row.split(" | ")
+        numbers = [config.image_size, config.downsampling, config.num_patches, config.num_tokens, config.num_bits]
+        assert cells[:5] == [str(n) for n in numbers]
+        assert cells[5] == f"{encoder} + {decoder}"
