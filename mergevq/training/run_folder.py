@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from mergevq import __version__
-from mergevq.errors import CheckpointError, ConfigError
+from mergevq.errors import CheckpointError, ConfigError, DataError
 from mergevq.files import check_format, read_json, refuse_existing, write_json
 from mergevq.tokenizer.config import config_from_dict, config_to_dict
 from mergevq.training.checkpoint import has_state
@@ -23,9 +23,14 @@ FREE_FIELDS = (
     "loop.val_images",
     "loop.save_every",
     "loop.log_every",
+    "data.train",
+    "data.val",
     "data.workers",
 )
-"""Fields that may change when a run goes on. Every other one shaped the weights trained so far."""
+"""Fields that may change when a run goes on. Every other one shaped the weights trained so far.
+
+Images may lie elsewhere, but they must be the same under the same names; only their number is compared.
+"""
 
 
 def check_folder(out: Path, run: TokenizerRun, resume: bool, force: bool) -> None:
@@ -54,8 +59,29 @@ def check_folder(out: Path, run: TokenizerRun, resume: bool, force: bool) -> Non
         )
 
 
-def begin(out: Path, run: TokenizerRun, resume: bool) -> None:
+def check_images(out: Path, train: int, val: int) -> None:
+    """Checks that a run that goes on in `out` has as many images as before.
+
+    Raises:
+        DataError: it has not.
+    """
+    before = read_json(out / "run.json")["images"]
+    if before != {"train": train, "val": val}:
+        raise DataError(
+            f"expected the {before['train']} images and {before['val']} held-out ones that {out} was started with, "
+            f"got {train} and {val}: point data.train and data.val at the same images"
+        )
+
+
+def begin(out: Path, run: TokenizerRun, resume: bool, train: int, val: int) -> None:
     """Writes `run.json`: version, commands, resolved configuration. Without `resume` an earlier run's results go.
+
+    Args:
+        out: folder of the run.
+        run: its configuration.
+        resume: whether it goes on there.
+        train: number of images to train on.
+        val: number of held-out images.
 
     Raises:
         WriteError: the folder cannot be written.
@@ -74,6 +100,7 @@ def begin(out: Path, run: TokenizerRun, resume: bool) -> None:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commands": commands,
+        "images": {"train": train, "val": val},
         "config": config_to_dict(run),
     }
     write_json(out / "run.json", record)

@@ -121,6 +121,7 @@ _INDIFFERENT = (
     "layer_scale",
     "merging.schedule",
     "merging.overflow",
+    "merging.order",
     "quantizer.temperature",
     "quantizer.scope",
     "quantizer.groups",

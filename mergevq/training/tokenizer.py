@@ -20,7 +20,7 @@ from mergevq.training.log import RunLog, truncate_log
 from mergevq.training.optim import clip_gradients, gradient_norm, lr_factor, run_progress, set_lr
 from mergevq.training.precision import choose_dtype
 from mergevq.training.processes import agree, build_fabric, deterministic_kernels
-from mergevq.training.run_folder import begin, check_folder
+from mergevq.training.run_folder import begin, check_folder, check_images
 from mergevq.training.signals import StopRequest, TrainingStopped
 from mergevq.training.state import TrainState, build_state, start_from
 from mergevq.training.steps import weighted_sum
@@ -166,7 +166,7 @@ def train_tokenizer(
     Raises:
         OutputExistsError: `out` is not empty, and neither `resume` nor `force` is given.
         ConfigError: the run does not make sense, or `resume` with another configuration.
-        DataError: images are missing or too few.
+        DataError: images are missing or too few, or `resume` with other images.
         CheckpointError: nothing to resume, or what is there does not fit.
         MissingDependencyError: mergevq was installed without its train extra.
         NonFiniteLossError: a loss became NaN or infinite; the last saved state is whole.
@@ -180,6 +180,8 @@ def train_tokenizer(
     if resume and init is not None:
         raise ConfigError("expected one of --resume (go on) and --init (start from a model), got both")
     inputs = open_inputs(run, train_data, val_data, perceptual, teacher, fabric.world_size)
+    if resume:
+        check_images(out, len(inputs.train), len(inputs.val))
     given = _Given(run, out, inputs, resume, init)
     outcome: _Outcome = fabric.launch(_train, given)
     if outcome.signum:
@@ -219,7 +221,7 @@ def _train(fabric: Any, given: _Given) -> _Outcome:
             notices += start_from(state, given.init)
         fabric.barrier()
         if fabric.is_global_zero:
-            begin(out, run, given.resume)
+            begin(out, run, given.resume, len(given.inputs.train), len(given.inputs.val))
             truncate_log(out / "log.jsonl", state.step)
         with RunLog(out / "log.jsonl", _progress(state, run), fabric.is_global_zero) as log, StopRequest() as stop:
             for text in (_headline(state, given), *notices):

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from mergevq.errors import CheckpointError, ConfigError, NonFiniteLossError, OutputExistsError, WriteError
+from mergevq.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, OutputExistsError, WriteError
 from mergevq.files import load_tensors, read_json
 from mergevq.tokenizer.model import MergeVQ
 from mergevq.training import checkpoint
-from mergevq.training.config import TokenizerRun
+from mergevq.training.config import HardwareConfig, TokenizerRun
 from mergevq.training.log import truncate_log
 from mergevq.training.run_folder import FREE_FIELDS, load_run
 from mergevq.training.signals import TrainingStopped
@@ -206,6 +206,20 @@ def test_steps_and_intervals_may_change_on_the_way(uninterrupted, tmp_path, tiny
     assert {"loop.steps", "loop.val_num_tokens", "data.workers"} < set(FREE_FIELDS)
 
 
+def test_images_may_move_but_not_change(uninterrupted, tmp_path, tiny_run, perceptual, teacher, image_folder):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    shutil.copytree(image_folder, tmp_path / "moved")
+    run = replace(tiny_run, data=replace(tiny_run.data, train=str(tmp_path / "moved")))
+    options = {"resume": True, "perceptual": perceptual, "teacher": teacher}
+    train_tokenizer(loop(run, steps=7), tmp_path / "run", **options)
+    assert state_of(tmp_path / "run")[0]["step"] == 7
+    next((tmp_path / "moved").rglob("*.png")).unlink()
+    with pytest.raises(DataError, match="the same images") as raised:
+        train_tokenizer(loop(run, steps=8), tmp_path / "run", **options)
+    one_line(raised.value)
+    assert state_of(tmp_path / "run")[0]["step"] == 7
+
+
 def test_resuming_a_finished_run_changes_no_weight(uninterrupted, tmp_path, tiny_run, perceptual, teacher):
     shutil.copytree(uninterrupted, tmp_path / "run")
     (tmp_path / "run" / "model.safetensors").unlink()
@@ -278,3 +292,15 @@ def test_a_nan_leaves_the_last_state_to_resume_from(uninterrupted, tmp_path, tin
         train_tokenizer(tiny_run, tmp_path / "run", perceptual=Poisoned(), teacher=teacher)
     train_tokenizer(tiny_run, tmp_path / "run", resume=True, perceptual=perceptual, teacher=teacher)
     assert_same_state(uninterrupted, tmp_path / "run")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_deterministic_run_on_a_gpu_resumes_with_the_same_bits(tmp_path, tiny_run, perceptual, teacher, precision):
+    run = loop(tiny_run, deterministic=True, precision=precision, channels_last=True)
+    options = {"teacher": teacher, "hardware": HardwareConfig("cuda")}
+    train_tokenizer(run, tmp_path / "whole", perceptual=perceptual, **options)
+    with pytest.raises(RuntimeError, match="the machine is gone"):
+        train_tokenizer(run, tmp_path / "run", perceptual=Watched(perceptual, 10, die), **options)
+    train_tokenizer(run, tmp_path / "run", resume=True, perceptual=perceptual, **options)
+    assert_same_state(tmp_path / "whole", tmp_path / "run")
