@@ -118,6 +118,25 @@ def test_labels_can_be_the_target(fabric, tiny_run, batch):
     assert value == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_gradients_of_one_step_do_not_reach_the_next(fabric, tiny_run, perceptual, teacher, batch):
+    run = changed(
+        tiny_run,
+        weights={"lecam": 0.0},
+        optim={"lr": 0.0, "disc_lr": 0.0, "clip_norm": 0.0},
+        loop={"num_tokens": (20,)},
+    )
+    second, fresh = (build_state(fabric, run, perceptual, teacher) for _ in range(2))
+    train_step(second, [{name: -t for name, t in batch[0].items()}] * 3, run)
+    for state in (second, fresh):
+        train_step(state, batch, run)
+    for module, other in (
+        (second.model, fresh.model),
+        (second.adversary.discriminator, fresh.adversary.discriminator),
+    ):
+        for (name, p), q in zip(module.named_parameters(), other.parameters(), strict=True):
+            assert torch.equal(p.grad, q.grad), name
+
+
 def test_clipping_is_of_each_network(state, batch, tiny_run):
     run = changed(tiny_run, optim={"clip_norm": 1e-3})
     report = train_step(state, batch, run)
