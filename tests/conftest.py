@@ -9,8 +9,11 @@ import torch
 
 # Before any hub client is imported: no test may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The models here are tiny, and several tests start processes of their own: one thread each is the fastest.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
-from mergevq.tokenizer.config import (
+from mergevq.tokenizer.config import (  # noqa: E402
     AlignmentConfig,
     DecoderConfig,
     EncoderConfig,
@@ -18,7 +21,7 @@ from mergevq.tokenizer.config import (
     RecoveryConfig,
     TokenizerConfig,
 )
-from mergevq.tokenizer.model import MergeVQ
+from mergevq.tokenizer.model import MergeVQ  # noqa: E402
 
 
 @pytest.fixture
