@@ -186,7 +186,7 @@ def _load(dataset: ImageFolder, items: Dataset[_Item], order: Any, workers: int)
         pin_memory=torch.cuda.is_available(),
         # Without it the loader draws from the global generator, and a resumed run would differ.
         generator=torch.Generator(),
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_ignore_stop_requests,
     )
     logged: set[str] = set()
     some = False
@@ -206,6 +206,10 @@ def _load(dataset: ImageFolder, items: Dataset[_Item], order: Any, workers: int)
         raise DataError(f"{dataset.root}: {all_unreadable(len(logged), next(iter(dataset.unreadable.values())))}")
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Lets the training process, which Ctrl-C reaches as well, decide when its readers end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_stop_requests(worker: int) -> None:
+    """Lets the training process decide when its readers end: Ctrl-C, Slurm and systemd signal the whole group.
+
+    The readers notice by themselves when the training process is gone.
+    """
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)

@@ -153,7 +153,8 @@ def test_a_stopped_process_says_so_and_exits_as_the_shell_expects(start, tmp_pat
     MergeVQ.from_pretrained(tmp_path / "run")
 
 
-def test_ctrl_c_reaches_the_readers_of_images_too_and_disturbs_nothing(start, tmp_path):
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_reaches_the_readers_of_images_too_and_disturbs_nothing(start, tmp_path, signum, code):
     images = tmp_path / "images"
     images.mkdir()
     for i in range(24):
@@ -167,9 +168,9 @@ def test_ctrl_c_reaches_the_readers_of_images_too_and_disturbs_nothing(start, tm
     write_json(tmp_path / "run.json", config_to_dict(run))
     process = start("run")
     wait_for_step(tmp_path / "run", 6, process)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signum)
     message = process.communicate(timeout=120)[1]
-    assert process.returncode == 130, message
+    assert process.returncode == code, message
     assert "Traceback" not in message
     assert "everything saved" in message
 
