@@ -67,15 +67,18 @@ def training_crops(image: Image.Image, views: Views, rng: torch.Generator) -> di
 
     The draws for "image" come first, so alignment does not change it.
     """
+    resized = resize_short_side(image, views.size)
     if views.crop == "random":
-        square = _random_square(image, views.size, rng)
+        square = _random_square(resized, views.size, rng)
     else:
-        square = center_square(image, views.size)
+        square = center_square(resized, views.size)
     crops = {"image": _maybe_mirrored(square, rng) if views.flip else square}
     if views.student:
         crops["view_student"] = _maybe_mirrored(_random_part(image, views.student, rng), rng)
     if views.teacher:
-        crops["view_teacher"] = _random_square(image, views.teacher, rng)
+        # Resizing the whole image is what takes the time here, and mostly both are of one size.
+        shown = resized if views.teacher == views.size else image
+        crops["view_teacher"] = _random_square(shown, views.teacher, rng)
     return crops
 
 

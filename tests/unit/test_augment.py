@@ -86,6 +86,24 @@ def test_alignment_does_not_change_the_image() -> None:
     assert alone["image"].tobytes() == with_views["image"].tobytes()
 
 
+@pytest.mark.parametrize("crop", ["random", "center"])
+def test_image_and_teacher_view_are_cut_from_one_resized_image(crop: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, resize, resized = coordinates(170, 110), Image.Image.resize, []
+    apart = training_crops(image, Views(40, crop), sample_rng(5, 6, 7))
+
+    def counted(self: Image.Image, size: tuple[int, int], *options: object) -> Image.Image:
+        resized.append(size)
+        return resize(self, size, *options)
+
+    monkeypatch.setattr(Image.Image, "resize", counted)
+    crops = training_crops(image, Views(40, crop, student=32, teacher=40), sample_rng(5, 6, 7))
+    assert resized == [(62, 40), (32, 32)]
+    assert crops["image"].tobytes() == apart["image"].tobytes()
+    whole = np.asarray(resize(image, (62, 40), Image.Resampling.BICUBIC))
+    view = np.asarray(crops["view_teacher"])
+    assert any(np.array_equal(whole[:, left : left + 40], view) for left in range(23))
+
+
 @pytest.mark.parametrize(
     ("size", "downsampling", "student"),
     [(256, 16, 224), (256, 8, 224), (128, 16, 112), (64, 4, 56), (48, 16, 48), (8, 8, 8)],
