@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from mergevq.errors import CheckpointError, ConfigError, MissingDependencyError
 from mergevq.layers.pretrained import EfficientNetLite, Frozen, resize
 
-# The Inception of the FID paper, converted from its TensorFlow weights by torch-fidelity. The name ends in the first
-# digits of the file's SHA-256, which are checked: torch-fidelity unpickles the file.
+# The Inception of the FID paper, converted from its TensorFlow weights by torch-fidelity, and the SHA-256 of the file:
+# torch-fidelity unpickles it, so it has to be that very one.
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
 class FeatureNetwork(nn.Module):
@@ -98,20 +99,19 @@ class _Inception(nn.Module):
 
 def _inception_weights() -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rsplit("/", 1)[1]
-    digits = path.stem.rsplit("-", 1)[1]
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=digits, progress=False)
+            torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=INCEPTION_SHA256, progress=False)
         except (OSError, urllib.error.URLError, RuntimeError) as error:  # RuntimeError: another checksum
             raise CheckpointError(
                 f"network inception needs {path.name}, which is not on this machine and cannot be downloaded "
                 f"({error}): connect once, or use network lite1"
             ) from error
     found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if not found.startswith(digits):
+    if found != INCEPTION_SHA256:
         raise CheckpointError(
-            f"{path}: expected SHA-256 {digits}..., got {found[:8]}...: delete the file and try again"
+            f"{path}: expected SHA-256 {INCEPTION_SHA256}, got {found}: delete the file and try again"
         )
     return path
 

@@ -1,6 +1,7 @@
 import hashlib
 import math
 import urllib.error
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -221,7 +222,17 @@ def test_inception_offline_is_one_line(monkeypatch, hub_folder):
 def test_inception_of_another_checksum_is_refused(hub_folder):
     hub_folder.mkdir()
     (hub_folder / "weights-inception-2015-12-05-6726825d.pth").write_bytes(b"something else")
-    with pytest.raises(CheckpointError, match=r"expected SHA-256 6726825d..., got \w{8}"):
+    with pytest.raises(CheckpointError, match=r"expected SHA-256 6726825d\w{56}, got \w{64}: delete"):
+        feature_network("inception")
+
+
+def test_the_whole_checksum_of_inception_counts(monkeypatch, hub_folder):
+    """A file made to have the digits that the name ends in would be unpickled."""
+    hub_folder.mkdir()
+    (hub_folder / "weights-inception-2015-12-05-6726825d.pth").write_bytes(b"something else")
+    forged = SimpleNamespace(hexdigest=lambda: "6726825d" + 56 * "0")
+    monkeypatch.setattr("mergevq.metrics.features.hashlib", SimpleNamespace(sha256=lambda *_: forged))
+    with pytest.raises(CheckpointError, match="got 6726825d0000"):
         feature_network("inception")
 
 
