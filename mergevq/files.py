@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -201,6 +201,17 @@ def check_format(header: Mapping[str, Any], form: str, path: str | Path) -> None
 
 
 # ---------------------------------------------------------------------------------------------------- model loading
+
+
+def check_fields(record: Any, names: Sequence[str], path: str | Path) -> None:
+    """Checks that what a file holds has every field of `names`.
+
+    Raises:
+        CheckpointError: one is missing; the message names it.
+    """
+    for name in names:
+        if not isinstance(record, Mapping) or name not in record:
+            raise CheckpointError(f"{path}: expected the field {name}, it is missing: restore the file")
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mergevq import __version__
 from mergevq.errors import CheckpointError
-from mergevq.files import check_format, load_strict, load_tensors, read_json, save_tensors, write_json
+from mergevq.files import check_fields, check_format, load_strict, load_tensors, read_json, save_tensors, write_json
 from mergevq.training.state import TrainState
 
 KIND = "training-state/1"
@@ -29,6 +29,8 @@ def save_state(folder: Path, state: TrainState) -> None:
     Raises:
         WriteError: the disk is full or the folder forbids it; the state that was there remains.
     """
+    for leftover in folder.glob(".tensors-*.tmp.safetensors"):  # A killed process could not remove its own.
+        leftover.unlink(missing_ok=True)
     tensors = {
         f"{part}.{name}": tensor for part, module in _modules(state).items() for name, tensor in _named(module).items()
     }
@@ -67,6 +69,7 @@ def load_state(folder: Path, state: TrainState) -> None:
         raise CheckpointError(f"expected a training state in {folder}, found none: start again with --force")
     record = read_json(folder / "state.json")
     check_format(record, KIND, folder / "state.json")
+    check_fields(record, ("tensors", "step", "position", "elapsed", "processes"), folder / "state.json")
     if record["processes"] != state.fabric.world_size:
         raise CheckpointError(
             f"expected {record['processes']} processes, as when {folder} was saved, got {state.fabric.world_size}: "
@@ -75,6 +78,7 @@ def load_state(folder: Path, state: TrainState) -> None:
     path = folder / record["tensors"]
     tensors, header = load_tensors(path)
     check_format(header, KIND, path)
+    check_fields(tensors, ("rng.run", "rng.cpu"), path)
     for part, module in _modules(state).items():
         load_strict(module, _part(tensors, part), f"{path} ({part})")
     for part, (optimizer, module) in _optimizers(state).items():

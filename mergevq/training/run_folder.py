@@ -3,12 +3,13 @@
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mergevq import __version__
 from mergevq.errors import CheckpointError, ConfigError, DataError
-from mergevq.files import check_format, read_json, refuse_existing, write_json
+from mergevq.files import check_fields, check_format, read_json, refuse_existing, write_json
 from mergevq.tokenizer.config import config_from_dict, config_to_dict
 from mergevq.training.checkpoint import has_state
 from mergevq.training.config import TokenizerRun, flat_config
@@ -65,7 +66,7 @@ def check_images(out: Path, train: int, val: int) -> None:
     Raises:
         DataError: it has not.
     """
-    before = read_json(out / "run.json")["images"]
+    before = _read_record(out)["images"]
     if before != {"train": train, "val": val}:
         raise DataError(
             f"expected the {before['train']} images and {before['val']} held-out ones that {out} was started with, "
@@ -112,6 +113,13 @@ def load_run(out: Path) -> TokenizerRun:
     Raises:
         CheckpointError: there is no run.json, or it is damaged.
     """
-    record = read_json(out / "run.json")
-    check_format(record, KIND, out / "run.json")
-    return config_from_dict(TokenizerRun, record["config"])
+    return config_from_dict(TokenizerRun, _read_record(out)["config"])
+
+
+def _read_record(out: Path) -> dict[str, Any]:
+    path = out / "run.json"
+    record: dict[str, Any] = read_json(path)
+    check_format(record, KIND, path)
+    check_fields(record, ("images", "config"), path)
+    check_fields(record["images"], ("train", "val"), path)
+    return record

@@ -176,6 +176,13 @@ def test_a_death_between_the_files_leaves_the_state_before(
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
 
 
+def test_what_killed_saves_left_behind_goes(fabric, tiny_run, perceptual, teacher, tmp_path):
+    leftover = tmp_path / ".tensors-000000003.0a1b2c3d.tmp.safetensors"
+    leftover.write_bytes(b"half")
+    checkpoint.save_state(tmp_path, build_state(fabric, tiny_run, perceptual, teacher))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["state.json", "tensors-000000000.safetensors"]
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -274,6 +281,27 @@ def test_a_state_that_does_not_fit_is_one_line(uninterrupted, tmp_path, tiny_run
         (out / "run.json").write_text(json.dumps(config))
         tiny_run = replace(tiny_run, model=replace(tiny_run.model, encoder=replace(tiny_run.model.encoder, depth=3)))
     with pytest.raises(CheckpointError) as raised:
+        train_tokenizer(tiny_run, out, resume=True, perceptual=perceptual, teacher=teacher)
+    one_line(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "field"),
+    [
+        ("state/state.json", "position"),
+        ("state/state.json", "processes"),
+        ("state/state.json", "tensors"),
+        ("run.json", "config"),
+        ("run.json", "images"),
+    ],
+)
+def test_a_missing_field_is_one_line(uninterrupted, tmp_path, tiny_run, perceptual, teacher, file, field):
+    out = tmp_path / "run"
+    shutil.copytree(uninterrupted, out)
+    record = json.loads((out / file).read_text())
+    del record[field]
+    (out / file).write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=f"expected the field {field}") as raised:
         train_tokenizer(tiny_run, out, resume=True, perceptual=perceptual, teacher=teacher)
     one_line(raised.value)
 
