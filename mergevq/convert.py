@@ -247,9 +247,9 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(
-            f"{path} holds more than tensors or is damaged, and is not unpickled: where it can be trusted, re-save it "
-            "with "
-            "safetensors.torch.save_file(torch.load(path)['state_dict'], 'x.safetensors')"
+            f"{path} holds more than tensors or is damaged, and is not unpickled: if you trust it, read it in an "
+            "environment of its own with torch.load and weights_only switched off, and save its state_dict with "
+            "safetensors.torch.save_file({k: t.contiguous() for k, t in state_dict.items()}, 'x.safetensors')"
         ) from error
     content = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):

@@ -5,6 +5,7 @@ n, D]` with the class token in front; it is never merged. Where a patch went is 
 through a layer is one gather, and so is unmerging.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,6 +28,8 @@ class SourceMap:
         index: patch l of image b went into kept token `index[b, l]`.
         num_tokens: K of each image; rows with a smaller K than the largest are padded wherever tokens have an axis of
             their own.
+
+    `sizes`, `first` and `to_matrix` take that axis' width; without it they read the largest K, which waits for a GPU.
     """
 
     index: Int[Tensor, "B L"]
@@ -59,36 +62,38 @@ class SourceMap:
         Raises:
             ShapeError: `step` does not start from as many tokens as `self` leaves.
         """
-        if step.index.shape[0] != self.index.shape[0] or step.index.shape[1] != self._width():
-            raise ShapeError(f"expected a step over {self._width()} tokens, got {tuple(step.index.shape)}")
+        if step.index.shape[0] != self.index.shape[0]:
+            raise ShapeError(f"expected a step over {self.index.shape[0]} images, got one over {step.index.shape[0]}")
+        if not torch.compiler.is_compiling() and step.index.shape[1] != self._width(None):
+            raise ShapeError(f"expected a step over {self._width(None)} tokens, got one over {step.index.shape[1]}")
         return SourceMap(step.index.gather(1, self.index), step.num_tokens)
 
     def unmerge(self, tokens: Float[Tensor, "B K C"]) -> Float[Tensor, "B L C"]:
         """Returns the kept tokens copied to all their patches (equation 11 of the MergeVQ paper)."""
         return unmerge(tokens, self.index)
 
-    def sizes(self) -> Int[Tensor, "B K"]:
+    def sizes(self, width: int | None = None) -> Int[Tensor, "B K"]:
         """Returns the number of patches of each kept token; they sum to L. Padding (and an unused token of a predicted
         map) is 0.
         """
-        zeros = self.index.new_zeros(self.index.shape[0], self._width())
+        zeros = self.index.new_zeros(self.index.shape[0], self._width(width))
         return zeros.scatter_add(1, self.index, torch.ones_like(self.index))
 
-    def first(self) -> Int[Tensor, "B K"]:
+    def first(self, width: int | None = None) -> Int[Tensor, "B K"]:
         """Returns the first raster position of each kept token; L where it has no patch."""
-        return first_positions(self.index, self._width())
+        return first_positions(self.index, self._width(width))
 
-    def to_matrix(self) -> Float[Tensor, "B K L"]:
+    def to_matrix(self, width: int | None = None) -> Float[Tensor, "B K L"]:
         """Returns the 0/1 source matrix, for display and tests."""
-        zeros = torch.zeros(self.index.shape[0], self._width(), self.index.shape[1], device=self.index.device)
+        zeros = torch.zeros(self.index.shape[0], self._width(width), self.index.shape[1], device=self.index.device)
         return zeros.scatter(1, self.index[:, None], 1.0)
 
     def to(self, device: torch.device | str) -> "SourceMap":
         """Returns the map on another device."""
         return SourceMap(self.index.to(device), self.num_tokens.to(device))
 
-    def _width(self) -> int:
-        return int(self.num_tokens.max()) if self.num_tokens.numel() else 0
+    def _width(self, width: int | None) -> int:
+        return width if width is not None else int(self.num_tokens.max()) if self.num_tokens.numel() else 0
 
 
 # ----------------------------------------------------------------------------------------------------- on plain tensors
@@ -123,9 +128,11 @@ def match_tokens(metric: Float[Tensor, "B T D"], num_merged: int) -> Int[Tensor,
 
     Reference: ToMe (arXiv 2210.09461), section 3.
     """
-    metric = normalize(metric.float(), dim=-1)
-    even, odd = metric[:, ::2], metric[:, 1::2]
-    scores = even @ odd.mT
+    # Autocast would multiply in bf16, where many similarities are equal and ties would decide.
+    with torch.autocast(metric.device.type, enabled=False):
+        metric = normalize(metric.float(), dim=-1)
+        even, odd = metric[:, ::2], metric[:, 1::2]
+        scores = even @ odd.mT
     best, partner = scores.max(-1)
     best = torch.cat([best.new_full((best.shape[0], 1), -torch.inf), best[:, 1:]], 1)
     # Stable, so that equal scores (flat image areas) are resolved alike on every run.
@@ -285,12 +292,19 @@ def check_num_tokens(num_tokens: int | Sequence[int], batch: int, num_patches: i
     Raises:
         ShapeError: not integers in 1..L, or not one number per image.
     """
-    counts = [num_tokens] * batch if isinstance(num_tokens, int) else list(num_tokens)
+    if isinstance(num_tokens, Sequence) and not isinstance(num_tokens, str):
+        counts = list(num_tokens)
+    else:
+        counts = [num_tokens] * batch
     if len(counts) != batch:
         raise ShapeError(f"expected one num_tokens per image ({batch}) or a single number, got {len(counts)}")
+    checked = []
     for count in counts:
-        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= num_patches:
+        # Anything that is an integer will do, NumPy's too; a bool is a mistake.
+        whole = operator.index(count) if hasattr(count, "__index__") and not isinstance(count, bool) else None
+        if whole is None or not 1 <= whole <= num_patches:
             raise ShapeError(
                 f"expected num_tokens to be an integer in 1..{num_patches} (the number of patches), got {count!r}"
             )
-    return counts
+        checked.append(whole)
+    return checked

@@ -313,7 +313,7 @@ _TOKENIZERS: dict[str, Callable[[], TokenizerRun]] = {
     "g_128": _g_128,
     "gr_128": _gr_128,
     "g_256": _g_256,
-    "g_256_d32": lambda: _g_256(channels=32, multipliers=(2, 4, 8, 12)),
+    "g_256_d32": lambda: _g_256(channels=32, multipliers=(2, 4, 8, 12), candidates=8),
     "gr_256": _gr_256,
     "gr_256_d32": lambda: _gr_256(channels=32, multipliers=(2, 2, 4, 8, 12)),
     "gr_256_d96": lambda: _gr_256(channels=96, heads=12, clip_norm=5.0),

@@ -52,7 +52,7 @@ class MergedTokens:
         grid: rows and columns of the patch grid; rows * columns = L.
         num_bits: bits of an index.
         tokenizer: fingerprint of the tokenizer that made them; None if nobody knows.
-        num_tokens: K of each image, int64, 1 .. L.
+        num_tokens: K of each image, int64, 1 .. L. Left out, it is the source map's, or the width of `index`.
 
     Raises:
         ShapeError: the parts do not fit together, or a value is out of range.
@@ -62,10 +62,13 @@ class MergedTokens:
     source: SourceMap | None
     grid: tuple[int, int]
     num_bits: int
-    tokenizer: str | None
-    num_tokens: Int[Tensor, " B"]
+    tokenizer: str | None = None
+    num_tokens: Int[Tensor, " B"] = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        if self.num_tokens is None:
+            known = torch.full(self.index.shape[:1], self.index.shape[-1], device=self.index.device)
+            object.__setattr__(self, "num_tokens", known if self.source is None else self.source.num_tokens)
         _check_parts(self)
         _check_values(self)
 

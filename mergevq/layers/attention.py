@@ -18,7 +18,7 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T D"], sizes: Float[Tensor, "B T"] | None = None
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T C"]]:
-        """Returns the attention's output and the mean of the keys over the heads.
+        """Returns the attention's output and the mean of the keys over the heads, the latter in float32.
 
         Args:
             x: tokens.
@@ -30,7 +30,7 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         bias = None if sizes is None else sizes.log().to(q.dtype)[:, None, None]
         out = scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.proj(out.transpose(1, 2).reshape(batch, length, width)), k.mean(1)
+        return self.proj(out.transpose(1, 2).reshape(batch, length, width)), k.float().mean(1)
 
 
 class CrossAttention(nn.Module):

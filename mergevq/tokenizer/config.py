@@ -4,8 +4,10 @@
 model files.
 """
 
+import difflib
+import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from mergevq.errors import ConfigError
 
@@ -160,7 +162,26 @@ class TokenizerConfig:
         return (self.image_size // self.downsampling) ** 2
 
     def __post_init__(self) -> None:
-        enc, dec = self.encoder, self.decoder
+        check_types(self)
+        enc, dec, rec = self.encoder, self.decoder, self.recovery
+        for name, part in (("encoder", enc), ("decoder", dec), ("recovery", rec)):
+            _require(part.heads >= 1, f"{name}.heads must be at least 1, got {part.heads}")
+        _require(self.num_groups >= 1, f"num_groups must be at least 1, got {self.num_groups}")
+        _require(
+            min(rec.cross_depth, rec.self_depth + 1) >= 1,
+            f"recovery needs at least one cross block and no negative number of self blocks, got {rec.cross_depth} "
+            f"and {rec.self_depth}",
+        )
+        clips = self.merging.overflow == "clip"
+        _require(
+            not (clips and rec.enabled),
+            "merging.overflow must be carry with recovery: with clip, K is not known beforehand",
+        )
+        _require(
+            clips or self.alignment.view_tokens == "fraction",
+            "alignment.view_tokens must be fraction with merging.overflow carry: a smaller view may have fewer patches "
+            "than are merged",
+        )
         _require(enc.stem_stride in (1, 2), f"encoder.stem_stride must be 1 or 2, got {enc.stem_stride}")
         _require(dec.output_stride in (1, 2), f"decoder.output_stride must be 1 or 2, got {dec.output_stride}")
         _require(1 <= self.num_bits <= 30, f"num_bits must be 1..30, got {self.num_bits}")
@@ -206,6 +227,46 @@ class TokenizerConfig:
             not self.recovery.enabled or self.recovery.width % (4 * self.recovery.heads) == 0,
             f"recovery.width must be a multiple of 4 * heads, got {self.recovery.width}",
         )
+
+
+def check_types(config: Any, path: str = "") -> None:
+    """Checks that every field of a dataclass, and of those in it, has a value of its type.
+
+    Raises:
+        ConfigError: one has not; a misspelt word gets its nearest neighbour.
+    """
+    hints = get_type_hints(type(config))
+    for f in fields(config):
+        name, value = f"{path}{f.name}", getattr(config, f.name)
+        if is_dataclass(value):
+            check_types(value, f"{name}.")
+        elif not _fits(value, hints[f.name]):
+            words = [w for w in get_args(hints[f.name]) if isinstance(w, str)]
+            near = difflib.get_close_matches(str(value), words, n=1)
+            hint = f": did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{name} must be {_named(hints[f.name])}, got {value!r}{hint}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is tuple:
+        inner = get_args(hint)
+        kinds = [inner[0]] * len(value) if inner[-1:] == (...,) and isinstance(value, tuple) else inner
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _named(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    if hint is float:
+        return "a finite number"
+    return str(hint) if get_origin(hint) else f"of type {hint.__name__}"
 
 
 def _require(condition: bool, message: str) -> None:

@@ -23,7 +23,6 @@ class EncoderOutput(NamedTuple):
     tokens: Float[Tensor, "B K D"]
     class_token: Float[Tensor, "B D"]
     source: Int[Tensor, "B L"]
-    sizes: Float[Tensor, "B K"]
 
 
 class ConvStem(nn.Module):
@@ -124,14 +123,12 @@ class Encoder(nn.Module):
             assert isinstance(block, MergingBlock)
             x, sizes, source = block.merge(x, sizes, source, num_merged)
         class_token, tokens = x[:, 0], x[:, 1:]
-        if sizes is None:
-            return EncoderOutput(tokens, class_token, source, torch.ones_like(tokens[..., 0]))
-        if self.order == "raster":
-            joined, source = sort_by_raster(torch.cat([tokens, sizes[:, 1:, None]], -1), source)
-            return EncoderOutput(joined[..., :-1], class_token, source, joined[..., -1])
-        return EncoderOutput(tokens, class_token, source, sizes[:, 1:])
+        if sizes is not None and self.order == "raster":
+            tokens, source = sort_by_raster(tokens, source)
+        return EncoderOutput(tokens, class_token, source)
 
     def to_codes(self, tokens: Float[Tensor, "B K D"]) -> Float[Tensor, "B K N"]:
-        """Returns the N numbers of each token whose signs are its code."""
-        out: Tensor = self.code_out(silu(self.norm_out(tokens)))
-        return out.float()
+        """Returns the N numbers of each token whose signs are its code, in float32 also under autocast."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            out: Tensor = self.code_out(silu(self.norm_out(tokens.float())))
+        return out

@@ -10,20 +10,31 @@ from torch import Tensor, nn
 
 from mergevq.tokenizer.config import TokenizerConfig, config_to_dict
 
-# Hashing takes a moment at real sizes, and every encode and decode asks. The key of an entry changes whenever a weight
-# is written in place or moved, so a model keeps no state of its own.
+# Hashing takes a moment at real sizes, and every encode and decode asks. A known hash is used again as long as the
+# weights look unchanged, so a model keeps no state of its own.
+_SAMPLED = 256
 _KNOWN: "weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]]" = weakref.WeakKeyDictionary()
 
 
 def fingerprint(config: TokenizerConfig, encoder: nn.Module) -> str:
     """Returns the SHA-256 of the encoder's weights and of the parts of the configuration that shape codes, in hex."""
     tensors = encoder.state_dict()
-    key = tuple((t.data_ptr(), t._version) for t in tensors.values())
+    key = _look(tensors)
     known = _KNOWN.get(encoder)
     if known is None or known[0] != key:
         known = (key, _hash(config, tensors))
         _KNOWN[encoder] = known
     return known[1]
+
+
+def _look(tensors: dict[str, Tensor]) -> tuple[Any, ...]:
+    """Returns what differs if weights were written to: their places, how often that was counted, and a sample of them.
+
+    Counting alone misses fused optimizers and writes through `.data`; a sample alone misses an edit of single weights.
+    """
+    counted = tuple((t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors.values())
+    sample = torch.cat([t.detach().flatten()[:: max(1, t.numel() // _SAMPLED)].float() for t in tensors.values()])
+    return counted, sample.cpu().numpy().tobytes()
 
 
 def _hash(config: TokenizerConfig, tensors: dict[str, Tensor]) -> str:

@@ -86,7 +86,7 @@ class MergeVQ(nn.Module):
         """Returns the tokens of the images, with their source map.
 
         Args:
-            images: float in [-1, 1]; the downsampling divides H and W.
+            images: float in [-1, 1], on any device; the downsampling divides H and W.
             num_tokens: K for all images, or one K per image, 1 .. L; None is `config.num_tokens` (at most L).
             dtype: arithmetic of the networks, for example torch.bfloat16. None is float32, also inside autocast: that
                 is how tokens are defined.
@@ -102,16 +102,20 @@ class MergeVQ(nn.Module):
         # what counts.
         kept = {count: grid[0] * grid[1] - sum(self._schedule(grid, count)) for count in sorted(set(asked_counts))}
         counts = [kept[count] for count in asked_counts]
+        images = self._to_model(images)
         device = images.device
-        index = torch.zeros(images.shape[0], max(counts), dtype=torch.int64, device=device)
-        source = torch.zeros(images.shape[0], grid[0] * grid[1], dtype=torch.int64, device=device)
+        index = torch.zeros(len(counts), max(counts), dtype=torch.int64, device=device)
+        source = torch.zeros(len(counts), grid[0] * grid[1], dtype=torch.int64, device=device)
         with _arithmetic(device, dtype):
             for asked, count in kept.items():
                 rows = [b for b, k in enumerate(asked_counts) if k == asked]
-                out = self._encode(images if len(rows) == len(counts) else images[rows], asked)
+                # A slice where all images keep as many: indexing with a list waits for a GPU.
+                chosen = slice(None) if len(rows) == len(counts) else rows
+                out = self._encode(images[chosen], asked)
                 z = self.quantizer.normalize(self.encoder.to_codes(out.tokens))
-                index[rows, :count] = codes_to_index(sign_codes(z))
-                source[rows] = out.source
+                _check_finite(z, "the encoder's output")
+                index[chosen, :count] = codes_to_index(sign_codes(z))
+                source[chosen] = out.source
         num = torch.tensor(counts, device=device)
         return MergedTokens(index, SourceMap(source, num), grid, self.config.num_bits, self.fingerprint(), num)
 
@@ -143,6 +147,7 @@ class MergeVQ(nn.Module):
             source = tokens.source.index if tokens.source is not None else self._recover(codes, tokens)
             grid_codes = unmerge(codes, source).mT.unflatten(2, tokens.grid)
             out: Tensor = self.decoder(grid_codes)
+        _check_finite(out, "the decoder's output")
         return out
 
     def recover(self, tokens: MergedTokens) -> MergedTokens:
@@ -179,7 +184,9 @@ class MergeVQ(nn.Module):
         grid = check_images(images, self.config.downsampling)
         count = grid[0] * grid[1] if num_tokens is None else num_tokens
         check_num_tokens(count, images.shape[0], grid[0] * grid[1])
-        return self._encode(images, count).class_token
+        class_token = self._encode(self._to_model(images), count).class_token
+        _check_finite(class_token, "the class token")
+        return class_token
 
     def align(self, images: Float[Tensor, "B 3 H W"], num_tokens: int | None = None) -> Float[Tensor, "B Dt"]:
         """Returns the alignment head's output, comparable with the teacher's. Differentiable.
@@ -197,7 +204,7 @@ class MergeVQ(nn.Module):
         full = self.config.num_patches
         count = full if num_tokens is None else num_tokens
         check_num_tokens(count, images.shape[0], full)
-        return self.forward_alignment(images, count)
+        return self.forward_alignment(self._to_model(images), count)
 
     # --------------------------------------------------------------------------------------------------------- training
 
@@ -220,7 +227,7 @@ class MergeVQ(nn.Module):
         reconstruction = self.decoder(unmerge(codes, out.source).mT.unflatten(2, grid))
         logits = None
         if self.recovery is not None:
-            num = torch.full((images.shape[0],), num_tokens, device=images.device)
+            num = torch.full((images.shape[0],), codes.shape[1], device=images.device)
             logits = self.recovery(codes if recovery_gradient else codes.detach(), num, grid)
         return TokenizerOutput(reconstruction, quantized, out.source, logits)
 
@@ -270,7 +277,8 @@ class MergeVQ(nn.Module):
             path = path / "model.safetensors"
         refuse_existing(path, force)
         tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
-        broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+        finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()]).tolist()
+        broken = [name for name, good in zip(tensors, finite, strict=True) if not good]
         if broken:
             raise ShapeError(
                 f"expected finite weights, got NaN or infinity in {', '.join(broken[:3])}: nothing was saved"
@@ -331,6 +339,9 @@ class MergeVQ(nn.Module):
         predicted = self.recovery(codes, tokens.num_tokens, tokens.grid).argmax(-1)
         return torch.where(tokens.num_tokens[:, None] == num_patches, identity, predicted)
 
+    def _to_model(self, images: Tensor) -> Tensor:
+        return images.to(self.encoder.class_token.device, torch.float32)
+
     def _grid(self, images: Tensor) -> tuple[int, int]:
         down = self.config.downsampling
         return images.shape[-2] // down, images.shape[-1] // down
@@ -352,6 +363,11 @@ def read_config(header: dict[str, str], path: Path) -> TokenizerConfig:
         raise CheckpointError(
             f"{path}: expected a tokenizer configuration in the header, got one that is not: {error}"
         ) from error
+
+
+def _check_finite(x: Tensor, what: str) -> None:
+    if not bool(torch.isfinite(x).all()):
+        raise ShapeError(f"expected finite numbers in {what}, got NaN or infinity: the model's weights are damaged")
 
 
 @contextmanager

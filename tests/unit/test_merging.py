@@ -132,7 +132,8 @@ def test_impossible_schedules_are_refused(patches: int, kept: int, depth: int) -
         merge_schedule(patches, kept, depth)
 
 
-@pytest.mark.parametrize("bad", [0, 17, -3, True, [4, 4], [4, 99, 4], [True, 1, 1]])
+@pytest.mark.parametrize("bad", [0, 17, -3, True, [4, 4], [4, 99, 4], [True, 1, 1], 4.0, "444", None])
+@pytest.mark.usefixtures("unchecked")
 def test_bad_num_tokens_are_refused(bad: object) -> None:
     with pytest.raises(ShapeError, match="expected"):
         check_num_tokens(bad, 3, 16)  # type: ignore[arg-type]
@@ -167,6 +168,27 @@ def test_maps_that_do_not_fit_are_refused() -> None:
         first.then(SourceMap.identity(1, 3))
     with pytest.raises(ShapeError, match="exactly one 1"):
         SourceMap.from_matrix(torch.ones(1, 2, 3))
+
+
+def test_matching_is_float32_under_autocast() -> None:
+    # A common offset leaves little between the similarities: bf16 could not tell them apart.
+    metric = torch.randn(1, 257, 16, generator=torch.Generator().manual_seed(0)) + 5
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = match_tokens(metric, 60)
+    assert torch.equal(inside, match_tokens(metric, 60))
+
+
+@pytest.mark.compile
+def test_maps_compile_without_graph_breaks() -> None:
+    def follow(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        joined = SourceMap(a, torch.full((2,), 6)).then(SourceMap(b, torch.full((2,), 3)))
+        return joined.index, joined.sizes(3), joined.first(3)
+
+    a, b = torch.randint(0, 6, (2, 9)), torch.randint(0, 3, (2, 6))
+    for got, expected in zip(
+        torch.compile(follow, fullgraph=True, backend="aot_eager")(a, b), follow(a, b), strict=True
+    ):
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.compile

@@ -1,5 +1,6 @@
 """The tokenizer as a user meets it: tokens are a value, K is an argument, bad input gets one line."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,18 +125,17 @@ def test_features_are_the_class_token(tiny_tokenizer: MergeVQ, images: torch.Ten
     assert tiny_tokenizer.encoder.class_token.grad is not None
 
 
-@pytest.mark.parametrize(("view_tokens", "kept"), [("fraction", 11), ("same_count", 6)])
+# 28 pixels are 49 of 64 patches: of 14 kept they keep 10.7; or they lose the same 50, which two layers do as 38 and 12,
+# at most half each time.
+@pytest.mark.parametrize(("view_tokens", "kept"), [("fraction", 11), ("same_count", 49 - 24 - 12)])
 def test_a_smaller_view_keeps_its_share(tiny_config: TokenizerConfig, view_tokens: str, kept: int) -> None:
-    """28 pixels are 49 of 64 patches: of 14 kept they keep 10.7, or lose the same 50 (clipped at half a layer)."""
     merging = MergingConfig(overflow="clip" if view_tokens == "same_count" else "carry")
     alignment = replace(tiny_config.alignment, view_tokens=view_tokens)
-    model = MergeVQ(replace(tiny_config, merging=merging, alignment=alignment))
+    without = RecoveryConfig(enabled=False)
+    model = MergeVQ(replace(tiny_config, merging=merging, alignment=alignment, recovery=without))
     seen = []
     model.encoder.register_forward_hook(lambda _m, _i, out: seen.append(out.tokens.shape[1]))
     model.align(torch.zeros(1, 3, 28, 28), 14)
-    if view_tokens == "same_count":
-        # 50 merges in two layers as 38 and 12, at most half each time: 49 - 24 - 12.
-        kept = 49 - 24 - 12
     assert seen == [kept]
 
 
@@ -174,6 +174,47 @@ def test_the_fingerprint_is_of_what_makes_tokens(tiny_tokenizer: MergeVQ) -> Non
     with torch.no_grad():
         tiny_tokenizer.encoder.class_token.add_(1e-3)
     assert tiny_tokenizer.fingerprint() != before
+
+
+def test_the_fingerprint_sees_writes_that_torch_does_not_count(tiny_tokenizer: MergeVQ) -> None:
+    seen = {tiny_tokenizer.fingerprint()}
+    optimizer = torch.optim.AdamW(tiny_tokenizer.parameters(), lr=1e-3, fused=True)
+    tiny_tokenizer(torch.zeros(1, 3, 32, 32), 20).reconstruction.sum().backward()
+    optimizer.step()
+    seen.add(tiny_tokenizer.fingerprint())
+    tiny_tokenizer.encoder.code_out.weight.data.mul_(1.5)
+    seen.add(tiny_tokenizer.fingerprint())
+    assert len(seen) == 3
+
+
+def test_a_model_made_in_inference_mode_works(tiny_config: TokenizerConfig, images: torch.Tensor) -> None:
+    with torch.inference_mode():
+        model = MergeVQ(tiny_config).eval()
+        assert torch.isfinite(model.decode(model.encode(images, 20))).all()
+
+
+def test_images_come_to_the_model(tiny_tokenizer: MergeVQ, images: torch.Tensor) -> None:
+    expected = tiny_tokenizer.encode(images, 20)
+    assert tiny_tokenizer.encode(images.double(), 20).equal(expected)
+    assert torch.equal(tiny_tokenizer.features(images.double()), tiny_tokenizer.features(images))
+    with torch.device("meta"):
+        elsewhere = MergeVQ(tiny_tokenizer.config)
+    # There are no values on the meta device: what fails must be the first look at one, not two devices meeting.
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        elsewhere.features(images)
+
+
+def test_damaged_weights_are_noticed(tiny_tokenizer: MergeVQ, images: torch.Tensor) -> None:
+    tokens = tiny_tokenizer.encode(images, 20)
+    with torch.no_grad():
+        tiny_tokenizer.decoder.norm_out.bias[0] = torch.nan
+    with pytest.raises(ShapeError, match="decoder's output, got NaN"):
+        tiny_tokenizer.decode(tokens)
+    with torch.no_grad():
+        tiny_tokenizer.encoder.class_token[..., 0] = torch.nan
+    for call in (tiny_tokenizer.encode, tiny_tokenizer.features):
+        with pytest.raises(ShapeError, match="got NaN"):
+            call(images)
 
 
 def test_tokens_of_another_tokenizer_are_refused(
@@ -256,20 +297,44 @@ def test_bad_k_is_refused(tiny_tokenizer: MergeVQ, images: torch.Tensor, bad: in
 @pytest.mark.parametrize(
     "change",
     [
-        {"image_size": 30},
-        {"num_tokens": 0},
-        {"num_tokens": 65},
-        {"num_bits": 0},
-        {"num_groups": 3},
-        {"encoder": EncoderConfig(channels=8, multipliers=(1, 2), blocks=(1,), stem_stride=2, depth=2, heads=2)},
-        {"encoder": EncoderConfig(channels=8, multipliers=(1, 2, 2), blocks=(1, 1, 1), stem_stride=2, depth=2)},
-        {"encoder": EncoderConfig(channels=8, multipliers=(1, 2), blocks=(1, 1), stem_stride=2, depth=2, heads=3)},
-        {"encoder": EncoderConfig(channels=8, multipliers=(1, 2), blocks=(1, 1), stem_stride=2, depth=0, heads=2)},
+        lambda: {"image_size": 30},
+        lambda: {"num_tokens": 0},
+        lambda: {"num_tokens": 65},
+        lambda: {"num_bits": 0},
+        lambda: {"num_groups": 3},
+        lambda: {"num_groups": 0},
+        lambda: {"num_bits": 6.0},
+        lambda: {"layer_scale": float("nan")},
+        lambda: {"merging": MergingConfig(schedule="lineer")},
+        lambda: {"merging": MergingConfig(overflow="clip")},
+        lambda: {"encoder": EncoderConfig(kind="hybird")},
+        lambda: {"encoder": EncoderConfig(heads=0)},
+        lambda: {"encoder": EncoderConfig(kind="vit", vit_width=18)},
+        lambda: {"encoder": EncoderConfig(multipliers=[1, 2])},
+        lambda: {
+            "encoder": EncoderConfig(channels=8, multipliers=(1, 2), blocks=(1,), stem_stride=2, depth=2, heads=2)
+        },
+        lambda: {"encoder": EncoderConfig(channels=8, multipliers=(1, 2, 2), blocks=(1, 1, 1), stem_stride=2, depth=2)},
+        lambda: {
+            "encoder": EncoderConfig(channels=8, multipliers=(1, 2), blocks=(1, 1), stem_stride=2, depth=2, heads=3)
+        },
+        lambda: {
+            "encoder": EncoderConfig(channels=8, multipliers=(1, 2), blocks=(1, 1), stem_stride=2, depth=0, heads=2)
+        },
     ],
 )
-def test_impossible_configurations_are_refused(tiny_config: TokenizerConfig, change: dict) -> None:
+@pytest.mark.usefixtures("unchecked")
+def test_impossible_configurations_are_refused(tiny_config: TokenizerConfig, change: Callable[[], dict]) -> None:
     with pytest.raises(ConfigError, match=r"must|need"):
-        replace(tiny_config, **change)
+        replace(tiny_config, **change())
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_misspelt_word_gets_its_neighbour(tiny_config: TokenizerConfig) -> None:
+    with pytest.raises(
+        ConfigError, match=r"encoder.kind must be one of hybrid, vit, got 'hybird': did you mean hybrid"
+    ):
+        replace(tiny_config, encoder=replace(tiny_config.encoder, kind="hybird"))
 
 
 def test_configurations_survive_json(tiny_config: TokenizerConfig) -> None:

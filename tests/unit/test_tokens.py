@@ -359,3 +359,10 @@ def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a.mvq", "b.mvq"):
         save_tokens(tmp_path / name, make([5, 3]))
     assert (tmp_path / "a.mvq").read_bytes() == (tmp_path / "b.mvq").read_bytes()
+
+
+def test_num_tokens_may_be_left_out() -> None:
+    index = torch.tensor([[3, 1, 0], [2, 0, 0]])
+    source = SourceMap(torch.tensor([[0, 1, 2, 2], [0, 0, 0, 0]]), torch.tensor([3, 1]))
+    assert MergedTokens(index, source, (2, 2), 2).num_tokens.tolist() == [3, 1]
+    assert MergedTokens(index, None, (2, 2), 2).num_tokens.tolist() == [3, 3]
