@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from mergevq.errors import ConfigError
-from mergevq.tokenizer.config import TokenizerConfig, config_to_dict
+from mergevq.tokenizer.config import TokenizerConfig, check_types, config_to_dict
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,13 @@ class TokenizerRun:
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
+        if self.loop.precision not in ("float32", "bf16"):
+            raise ConfigError(
+                f"expected loop.precision float32 or bf16, got {self.loop.precision!r}: use bf16 "
+                "(fp16 needs one gradient scaler, which cannot serve two optimizers)"
+            )
+        check_types(self)
+        _check_ranges(self)
         # A module exists only if its loss is on.
         for name in ("recovery", "alignment"):
             part, weight = getattr(self.model, name), getattr(self.loss.weights, name)
@@ -183,23 +190,44 @@ class TokenizerRun:
                 raise ConfigError(
                     f"loop.num_tokens and loop.val_num_tokens must lie in 1..{self.model.num_patches}, got {k}"
                 )
-        for name in ("steps", "batch_size", "accumulate", "val_every", "save_every", "log_every", "val_images"):
-            if getattr(loop, name) < 1:
-                raise ConfigError(f"loop.{name} must be at least 1, got {getattr(loop, name)}")
-        if loop.precision not in ("float32", "bf16"):
-            raise ConfigError(
-                f"expected loop.precision float32 or bf16, got {loop.precision!r}: use bf16 "
-                "(fp16 needs one gradient scaler, which cannot serve two optimizers)"
-            )
         if any(p < 0 for p in loop.num_tokens_probs) or (loop.num_tokens_probs and sum(loop.num_tokens_probs) <= 0):
             raise ConfigError(f"loop.num_tokens_probs must be at least 0 and not all 0, got {loop.num_tokens_probs}")
-        if not 0 <= self.optim.ema_decay <= 1:
-            raise ConfigError(f"optim.ema_decay must lie in 0..1, got {self.optim.ema_decay}")
         if not loop.num_tokens or not loop.val_num_tokens:
             raise ConfigError("loop.num_tokens and loop.val_num_tokens need at least one entry")
         if self.loss.weights.adversarial == 0 and self.loss.weights.lecam > 0:
             weights = replace(self.loss.weights, lecam=0.0)
             object.__setattr__(self, "loss", replace(self.loss, weights=weights))
+
+
+# Fields with a lower limit that they must reach, and those that must be above 0.
+_AT_LEAST = {
+    1: "loop.steps loop.batch_size loop.accumulate loop.val_every loop.save_every loop.log_every loop.val_images "
+    "loss.disc_channels loss.disc_layers",
+    0: "loop.minutes loop.seed data.workers optim.weight_decay optim.warmup_steps optim.final_lr optim.clip_norm "
+    "loss.disc_start",
+}
+_POSITIVE = ("optim.lr", "optim.disc_lr", "loss.alignment_temperature")
+_SHARES = ("optim.ema_decay", "loss.lecam_decay", "data.val_fraction")
+
+
+def _check_ranges(run: TokenizerRun) -> None:
+    values = flat_config(run)
+    for limit, names in _AT_LEAST.items():
+        for name in names.split():
+            if values[name] < limit:
+                raise ConfigError(f"{name} must be at least {limit}, got {values[name]}")
+    for name in _POSITIVE:
+        if values[name] <= 0:
+            raise ConfigError(f"{name} must be above 0, got {values[name]}")
+    for name in _SHARES:
+        if not 0 <= values[name] <= 1:
+            raise ConfigError(f"{name} must lie in 0..1, got {values[name]}")
+    for beta in run.optim.betas:
+        if not 0 <= beta < 1:
+            raise ConfigError(f"optim.betas must lie in 0..1, below 1, got {run.optim.betas}")
+    for name, value in values.items():
+        if name.startswith("loss.weights.") and value < 0:
+            raise ConfigError(f"{name} must be at least 0, got {value}")
 
 
 def flat_config(value: Any, prefix: str = "") -> dict[str, Any]:
