@@ -43,18 +43,26 @@ def ratio(seconds: dict[str, list[float]], ours: str, reference: str) -> float:
     return statistics.median(a / b for a, b in zip(seconds[ours], seconds[reference], strict=True))
 
 
-def extra_memory(code: str) -> float:
+def extra_memory(code: str) -> float | None:
     """Returns by how many MiB `step()` raises the peak memory of a fresh process; `code` defines it and its inputs.
 
-    A first call on a small input (`warm()`) loads libraries and starts threads, so that they do not count.
+    A first call on a small input (`warm()`) loads libraries and starts threads, so that they do not count. The peak is
+    the kernel's VmHWM, reset after the warm-up: the better known ru_maxrss of a child starts at its parent's. None
+    where there is no such file.
     """
+    if not Path("/proc/self/clear_refs").exists():
+        return None
     script = f"""
-import resource, torch
+import re, torch
+from pathlib import Path
 {code}
+def status(field):
+    return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 warm()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
 step()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print(status("VmHWM") - before)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=os.environ)
     return float(done.stdout.split()[-1])

@@ -24,6 +24,12 @@ from mergevq.tokenizer.config import (  # noqa: E402
 from mergevq.tokenizer.model import MergeVQ  # noqa: E402
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides GPUs unless tests for them are asked for: the others compare bits and fork processes."""
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture
 def tiny_config() -> TokenizerConfig:
     """32 pixels, downsampling 4, 64 patches, every module on."""

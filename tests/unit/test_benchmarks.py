@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import lfq
-from benchmarks.measure import markdown
+from benchmarks.measure import extra_memory, markdown
 from benchmarks.plain_tokenizer import PlainTokenizer
 from mergevq.tokenizer.config import TokenizerConfig
 from mergevq.tokenizer.model import MergeVQ
@@ -41,3 +41,11 @@ def test_tables() -> None:
     table = markdown("T", [{"a": 1, "b": 0.12345}, {"a": 2, "b": None}], "note")
     assert table.splitlines()[-1] == "| 2 | - |"
     assert "| 1 | 0.123 |" in table
+
+
+def test_extra_memory_is_the_childs_own() -> None:
+    held = torch.ones(60 * 2**20)  # 240 MiB in this process must not count, nor hide what the child takes
+    code = "def warm(): torch.ones(10)\ndef step(): return torch.ones(50 * 2**20).sum()"
+    extra = extra_memory(code)
+    assert extra is None or 190 < extra < 230
+    assert held.sum() == held.numel()
