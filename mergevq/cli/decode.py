@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from mergevq.cli.options import Model, choose_device, progress
+from mergevq.cli.options import Model, check_batch_size, choose_device, progress
 
 
 def decode(
@@ -33,16 +33,19 @@ def decode(
     from mergevq.tokenizer.model import MergeVQ
     from mergevq.tokens import load_tokens
 
+    check_batch_size(batch_size)
     refuse_existing(out, force)
     tok = MergeVQ.from_pretrained(model, device=choose_device(device))
     encoded = load_tokens(tokens, expect_tokenizer=tok.fingerprint())
     if predict_source:
         encoded = encoded.without_source()
     digits = max(4, len(str(len(encoded) - 1)))
+    written = 0
     with progress("decode", len(encoded)) as advance:
         for start in range(0, len(encoded), batch_size):
             part = encoded[start : start + batch_size]
             names = [f"{start + i:0{digits}d}.png" for i in range(len(part))]
             write_images(out, tok.decode(part), names, force=force)
+            written += len(names)
             advance(len(part))
-    print(f"{out}: {len(encoded)} images")
+    print(f"{out}: {written} images")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from mergevq.cli.options import Counts, Model, Size, choose_device, choose_size, progress
+from mergevq.cli.options import Counts, Model, Size, check_batch_size, choose_device, choose_size, progress
 from mergevq.errors import ConfigError, TokenFileError
 
 
@@ -40,6 +40,7 @@ def encode(
 
     if out.suffix != ".mvq":
         raise TokenFileError(f"expected a token file that ends in .mvq, got {out}")
+    check_batch_size(batch_size)
     refuse_existing(out, force)
     if len(num_tokens) > 1:
         raise ConfigError(f"expected one K for a token file, got {len(num_tokens)}: write one file for each")

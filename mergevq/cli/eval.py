@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mergevq.cli.options import Counts, Model, Size, choose_device, choose_size, progress
+from mergevq.cli.options import Counts, Model, Size, check_batch_size, choose_device, choose_size, progress
 
 
 def eval_reconstruction(
@@ -48,6 +48,7 @@ def eval_reconstruction(
     from mergevq.files import refuse_existing, write_json
     from mergevq.tokenizer.model import MergeVQ
 
+    check_batch_size(batch_size)
     refuse_existing(out, force)
     images = evaluation_images(data)
     tok = MergeVQ.from_pretrained(model, device=choose_device(device))

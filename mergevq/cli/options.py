@@ -62,6 +62,16 @@ def choose_device(name: str) -> str:
     return name
 
 
+def check_batch_size(batch_size: int) -> None:
+    """Checks the number of images that are worked on at a time.
+
+    Raises:
+        ConfigError: it is below 1.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"expected --batch-size to be at least 1, got {batch_size}")
+
+
 def choose_size(config: TokenizerConfig, size: int | None, counts: Sequence[int]) -> int:
     """Returns the side that images are resized to, `size` or the training images', having checked every K for it.
 

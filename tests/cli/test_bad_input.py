@@ -63,6 +63,19 @@ CASES = {
     "size too small": (f"encode photos {ENCODE} --size 0", "got 0"),
     "no such device": (f"encode photos {ENCODE} --device tpu9", "'tpu9'"),
     "token file with another ending": ("encode photos -o new.png --model model.safetensors", ".mvq"),
+    "encode no images at a time": (f"encode photos {ENCODE} --batch-size 0", "--batch-size to be at least 1, got 0"),
+    "decode no images at a time": (
+        "decode good.mvq -o new --model model.safetensors --batch-size 0",
+        "--batch-size to be at least 1, got 0",
+    ),
+    "decode less than no images at a time": (
+        "decode good.mvq -o new --model model.safetensors --batch-size -1",
+        "--batch-size to be at least 1, got -1",
+    ),
+    "measure no images at a time": (
+        "eval reconstruction photos -o new --model model.safetensors --network none --batch-size 0",
+        "--batch-size to be at least 1, got 0",
+    ),
     "no model": ("encode photos -o new.mvq --model none.safetensors", "none.safetensors"),
     "truncated model": ("encode photos -o new.mvq --model short.safetensors", "short.safetensors"),
     "foreign model": ("encode photos -o new.mvq --model foreign.safetensors", "mergevq convert"),
