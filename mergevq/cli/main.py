@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 import tyro
 
@@ -64,9 +65,12 @@ def _run(words: list[str]) -> None:
         if verb in VERBS:
             module, function = VERBS[verb][0].split(":")
             rest, run = words[length:], getattr(import_module(module), function)
-            if words[0] == "train":  # The defaults of its options are those of a preset, which the words name.
-                run = run(rest)
-            tyro.cli(run, prog=f"mergevq {verb}", args=rest, config=(tyro.conf.FlagCreatePairsOff,))
+            flags: tuple[Any, ...] = (tyro.conf.FlagCreatePairsOff,)
+            if words[0] == "train":
+                # The defaults of its options are those of a preset, which the words name. So an option may be on
+                # already, and each needs a word for off: the same words with every preset.
+                run, flags = run(rest), ()
+            tyro.cli(run, prog=f"mergevq {verb}", args=rest, config=flags)
             return
     below = {verb: what for verb, what in VERBS.items() if verb.startswith(f"{words[0]} ")}
     if below and words[1:2] in ([], ["-h"], ["--help"]):

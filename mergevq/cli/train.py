@@ -1,16 +1,28 @@
 """`mergevq train tokenizer`: every field of a run is an option, and a preset gives their defaults."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import tyro
 
 from mergevq import presets
 from mergevq.errors import ConfigError
-from mergevq.training.config import HardwareConfig, TokenizerRun
+from mergevq.tokenizer.config import TokenizerConfig
+from mergevq.training.config import DataConfig, HardwareConfig, LoopConfig, LossConfig, OptimConfig, TokenizerRun
+
+M = TypeVar("M", bound=TokenizerConfig)
 
 _EXAMPLE = "tiny"  # Whose defaults --help shows when no preset is named.
+
+
+@dataclass(frozen=True)
+class _Unchecked(TokenizerConfig):
+    """A complete description of a tokenizer; `MergeVQ(config)` builds it."""
+
+    def __post_init__(self) -> None:
+        """Checks nothing: what is wrong with a model is told in our one line, not in the parser's words."""
 
 
 def train_tokenizer(words: Sequence[str]) -> Callable[..., None]:
@@ -40,12 +52,16 @@ def train_tokenizer(words: Sequence[str]) -> Callable[..., None]:
     def train(
         out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="RUN")],
         preset: Annotated[str | None, tyro.conf.arg(metavar="NAME", help=names)] = name,
-        resume: bool = False,
+        resume: tyro.conf.FlagCreatePairsOff[bool] = False,
         init: Annotated[str | None, tyro.conf.arg(metavar="M")] = None,
-        force: bool = False,
-        dry_run: bool = False,
+        force: tyro.conf.FlagCreatePairsOff[bool] = False,
+        dry_run: tyro.conf.FlagCreatePairsOff[bool] = False,
         hardware: Annotated[HardwareConfig, tyro.conf.arg(name="")] = HardwareConfig(),  # noqa: B008 - frozen
-        run: Annotated[TokenizerRun, tyro.conf.arg(name="")] = base,
+        model: _Unchecked = _parts(_Unchecked, base.model),  # noqa: B008 - frozen
+        loss: LossConfig = base.loss,
+        data: DataConfig = base.data,
+        optim: OptimConfig = base.optim,
+        loop: LoopConfig = base.loop,
     ) -> None:
         """Train a tokenizer; RUN/model.safetensors is the result, rewritten at each validation.
 
@@ -59,6 +75,7 @@ def train_tokenizer(words: Sequence[str]) -> Callable[..., None]:
             force: Start anew in a folder that holds something; an earlier run's files are removed.
             dry_run: Print the resolved configuration, what differs from the preset and the parameter counts, and stop.
         """
+        run = TokenizerRun(_parts(TokenizerConfig, model), loss, data, optim, loop)
         _train(out, base, run, hardware, resume=resume, init=init, force=force, show_only=dry_run)
 
     return train
@@ -84,6 +101,10 @@ def _train(
 
     path = train_tokenizer(run, out, resume=resume, init=init, force=force, hardware=hardware)
     print(path)
+
+
+def _parts(cls: type[M], model: TokenizerConfig) -> M:
+    return cls(**{field.name: getattr(model, field.name) for field in fields(TokenizerConfig)})
 
 
 def _value(words: Sequence[str], *names: str) -> str | None:

@@ -31,6 +31,22 @@ def test_dry_run_prints_the_difference_and_the_parameters(tmp_path: Path, capsys
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("preset", ["tiny", "gr_256"])
+def test_switches_have_the_same_words_with_every_preset(
+    preset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "tokenizer", "--preset", preset, "--out", str(tmp_path / "run"), "--dry-run"]
+    base = presets.tokenizer(preset)
+    for flip, word in ((True, "--data.flip"), (False, "--data.no-flip")):
+        assert main([*words, word]) == 0
+        changed = f"data.flip = {flip} (preset {base.data.flip})" in capsys.readouterr().out
+        assert changed == (flip != base.data.flip)
+    with pytest.raises(SystemExit):
+        main(["train", "tokenizer", "--preset", preset, "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--data.flip, --data.no-flip Mirror" in text and "--no-resume" not in text
+
+
 def test_a_run_is_trained_resumed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_images(tmp_path / "photos", torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1)
     run, photos = str(tmp_path / "run"), ["--data.train", str(tmp_path / "photos"), "--data.val-fraction", "0.3"]
