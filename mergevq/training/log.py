@@ -27,6 +27,19 @@ def truncate_log(path: Path, step: int) -> None:
     atomic_write(path, "".join(kept).encode())
 
 
+def validated_steps(path: Path) -> set[int]:
+    """Returns the steps of which the log at `path` has a validation."""
+    steps = set()
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["kind"] == "val":
+            steps.add(record["step"])
+    return steps
+
+
 class RunLog:
     """Appends records to a JSONL file and shows the progress on stderr. Does nothing on processes other than the first.
 
@@ -90,13 +103,18 @@ class RunLog:
         """Appends one record (it holds at least `kind` and `step`) to the file and, if there is no bar, prints it.
 
         Args:
-            record: JSON values; numbers are finite.
+            record: JSON values. A number that is not finite, for which JSON has no word, becomes null in the file and
+                gets a line of its own on stderr.
             progress: how much of the run is done, 0 to 1.
         """
         if not self._enabled:
             return
+        infinite = {name: v for name, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
         with self._path.open("a") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+            file.write(json.dumps({**record, **dict.fromkeys(infinite)}, allow_nan=False) + "\n")
+        if infinite:
+            found = ", ".join(f"{name} = {value}" for name, value in infinite.items())
+            self.say(f"not finite at step {record['step']}, null in {self._path.name}: {found}")
         if self._bar is None:
             self.say(f"{_readable(record)}  {self._time_left(progress)}")
         elif record["kind"] != "train":

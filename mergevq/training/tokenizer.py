@@ -16,7 +16,7 @@ from mergevq.tokenizer.model import MergeVQ
 from mergevq.training.checkpoint import load_state, save_state
 from mergevq.training.config import HardwareConfig, LoopConfig, TokenizerRun
 from mergevq.training.inputs import Inputs, open_inputs, stream
-from mergevq.training.log import RunLog, truncate_log
+from mergevq.training.log import RunLog, truncate_log, validated_steps
 from mergevq.training.optim import clip_gradients, gradient_norm, lr_factor, run_progress, set_lr
 from mergevq.training.precision import choose_dtype
 from mergevq.training.processes import agree, build_fabric, deterministic_kernels
@@ -200,6 +200,20 @@ class _Given(NamedTuple):
     init: str | Path | None
 
 
+class _Session(NamedTuple):
+    """What the loop of one process works with, besides the state."""
+
+    given: _Given
+    log: RunLog
+    stop: StopRequest
+    validated: set[int]
+    """Steps that an earlier part of the run has validated."""
+
+    def agreed_signal(self, fabric: Any) -> int:
+        """Returns the number of a signal that reached some process, or 0; all processes have to ask together."""
+        return agree(fabric, 0.0, self.stop.signum)[1]
+
+
 class _Outcome(NamedTuple):
     model: Path
     signum: int
@@ -219,6 +233,8 @@ def _train(fabric: Any, given: _Given) -> _Outcome:
             load_state(out / "state", state)
         elif given.init is not None:
             notices += start_from(state, given.init)
+        # Before the barrier, behind which the first process writes to the log: all have to read the same.
+        validated = validated_steps(out / "log.jsonl") if given.resume else set()
         fabric.barrier()
         if fabric.is_global_zero:
             begin(out, run, given.resume, len(given.inputs.train), len(given.inputs.val))
@@ -226,19 +242,22 @@ def _train(fabric: Any, given: _Given) -> _Outcome:
         with RunLog(out / "log.jsonl", _progress(state, run), fabric.is_global_zero) as log, StopRequest() as stop:
             for text in (_headline(state, given), *notices):
                 log.say(text)
-            signum = _loop(state, given, log, stop)
+            signum = _loop(state, _Session(given, log, stop, validated))
             if signum:
                 log.say(str(TrainingStopped(signum, state.step)))
     return _Outcome(out / "model.safetensors", signum, state.step)
 
 
-def _loop(state: TrainState, given: _Given, log: RunLog, stop: StopRequest) -> int:
+def _loop(state: TrainState, session: _Session) -> int:
     """Trains to the end, or to a signal whose number it returns."""
+    given, log, stop, validated = session
     run, loop, fabric, first = given.run, given.run.loop, state.fabric, state.fabric.is_global_zero
     batches = stream(run, given.inputs.train, fabric.global_rank, fabric.world_size, state.position)
     images_per_step = loop.batch_size * loop.accumulate * fabric.world_size
     done, signum = _progress(state, run), 0
     logged = state.step, state.elapsed
+    if state.step > 0 and state.step not in validated and _validation_is_due(state, run):
+        signum = _look(state, session)  # The state was saved, and the process died before it had validated.
     while done < 1 and not signum:
         started = time.perf_counter()
         batch = [fabric.to_device(next(batches)) for _ in range(loop.accumulate)]
@@ -257,23 +276,36 @@ def _loop(state: TrainState, given: _Given, log: RunLog, stop: StopRequest) -> i
         if first and (state.step % loop.save_every == 0 or last):
             save_state(given.out / "state", state)
 
-        if state.step % loop.val_every == 0 and not last:
-            _look(state, given, log)
-            _publish(state, given.out)
-    if done >= 1:
-        _look(state, given, log)
+        if not signum and _validation_is_due(state, run):
+            signum = _look(state, session)
+            if signum and first:
+                save_state(given.out / "state", state)
     _publish(state, given.out)
     fabric.barrier()
     return signum
 
 
-def _look(state: TrainState, given: _Given, log: RunLog) -> None:
-    """Validates, and draws held-out images."""
-    done = _progress(state, given.run)
-    for count, values in validate(state, given.inputs.val, given.run).items():
-        log.write({"kind": "val", "step": state.step, "num_tokens": count, **values}, done)
-    if state.fabric.is_global_zero:
+def _validation_is_due(state: TrainState, run: TokenizerRun) -> bool:
+    return state.step % run.loop.val_every == 0 or _progress(state, run) >= 1
+
+
+def _look(state: TrainState, session: _Session) -> int:
+    """Validates, draws held-out images and publishes; a signal ends that, and its number is returned.
+
+    The log comes last: what it tells of is there.
+    """
+    given, fabric = session.given, state.fabric
+    found = validate(state, given.inputs.val, given.run, lambda: session.agreed_signal(fabric) > 0)
+    if found is None:
+        return session.agreed_signal(fabric)
+    if fabric.is_global_zero:
         draw_held_out(given.out / "images" / f"step_{state.step:07d}.png", state, given.inputs.val, given.run)
+    _publish(state, given.out)
+    for count, values in found.items():
+        session.log.write(
+            {"kind": "val", "step": state.step, "num_tokens": count, **values}, _progress(state, given.run)
+        )
+    return 0
 
 
 def _publish(state: TrainState, out: Path) -> None:

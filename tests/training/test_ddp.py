@@ -10,12 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mergevq.errors import NonFiniteLossError
+from mergevq.data.folder import ImageFolder
+from mergevq.errors import DataError, NonFiniteLossError
 from mergevq.files import load_tensors, read_json
 from mergevq.training.config import HardwareConfig, TokenizerRun
 from mergevq.training.processes import agree, build_fabric
 from mergevq.training.state import TrainState, build_state
 from mergevq.training.tokenizer import train_step, train_tokenizer
+from mergevq.training.validation import validate
 
 TWO = HardwareConfig(accelerator="cpu", devices=2, strategy="ddp_fork")
 
@@ -125,6 +127,42 @@ def agreement(fabric, folder: Path) -> None:
 def test_processes_agree_on_time_and_signals(tmp_path):
     build_fabric(TWO).launch(agreement, tmp_path)
     assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [[2.5, 15]] * 2
+
+
+def validated(fabric, run: TokenizerRun, perceptual, teacher, images: ImageFolder, folder: Path) -> None:
+    state = build_state(fabric, run, perceptual, teacher)
+    answers = iter([False, True])
+    try:
+        found: object = validate(state, images, run)
+        assert validate(state, images, run, lambda: next(answers)) is None
+    except DataError as error:
+        found = f"DataError {error}"
+    (folder / f"{fabric.global_rank}.json").write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize("readable", [3, 0])
+def test_a_process_without_readable_held_out_images_leaves_none_waiting(
+    tiny_run, perceptual, teacher, tmp_path, fabric, image_folder, readable
+):
+    """The second process has images 1, 3 and 5, none of them readable."""
+    source, root = ImageFolder(image_folder), tmp_path / "images"
+    root.mkdir()
+    for i in range(6):
+        source.read(i).image.save(root / f"{i}.png")
+    images = ImageFolder(root)
+    for i in range(6):  # Later: a folder without any readable image is refused when it is opened.
+        if i % 2 or not readable:
+            (root / f"{i}.png").write_bytes(b"no image")
+    run = replace(tiny_run, loop=replace(tiny_run.loop, val_images=6, batch_size=2))
+    build_fabric(TWO).launch(validated, run, perceptual, teacher, images, tmp_path)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    if not readable:
+        assert all(text.startswith("DataError") and "\n" not in text for text in found)
+        return
+    alone = validate(build_state(fabric, run, perceptual, teacher), images.select([0, 2, 4]), run)
+    assert found[0] == found[1]
+    for name, value in alone[20].items():
+        assert found[0]["20"][name] == pytest.approx(value, rel=1e-4), name
 
 
 def test_a_whole_run_of_two_processes_resumes(tiny_run, perceptual, teacher, tmp_path):

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from mergevq.data.folder import ImageFolder
+from mergevq.data.sources import training_and_validation
 from mergevq.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, OutputExistsError, WriteError
 from mergevq.files import load_tensors, read_json
 from mergevq.tokenizer.model import MergeVQ
@@ -174,6 +176,63 @@ def test_a_death_between_the_files_leaves_the_state_before(
     checkpoint.load_state(tmp_path, restored)
     assert restored.step == 2
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
+def validations(out: Path) -> list[tuple[int, int]]:
+    records = [json.loads(line) for line in (out / "log.jsonl").open()]
+    return [(record["step"], record["num_tokens"]) for record in records if record["kind"] == "val"]
+
+
+EVERY_THIRD = [(3, 64), (3, 20), (6, 64), (6, 20)]
+"""Validations of six steps; the perceptual network is called twice a step, and four times in each validation."""
+
+
+@pytest.fixture
+def data(tiny_run, image_folder) -> dict:
+    """The images that `tiny_run` trains on, and enough to validate on for two batches."""
+    train, _ = training_and_validation(image_folder, val_fraction=tiny_run.data.val_fraction)
+    return {"train_data": train, "val_data": ImageFolder(image_folder)}
+
+
+def test_a_validation_that_a_kill_cut_short_is_made_up_for(
+    uninterrupted, tmp_path, tiny_run, perceptual, teacher, data
+):
+    run, out = loop(tiny_run, val_every=3), tmp_path / "run"
+    with pytest.raises(RuntimeError, match="the machine is gone"):
+        train_tokenizer(run, out, perceptual=Watched(perceptual, 9, die), teacher=teacher, **data)
+    assert state_of(out)[0]["step"] == 3
+    assert validations(out) == []
+    train_tokenizer(run, out, resume=True, perceptual=perceptual, teacher=teacher, **data)
+    assert validations(out) == EVERY_THIRD
+    assert sorted(path.name for path in (out / "images").iterdir()) == ["step_0000003.png", "step_0000006.png"]
+    assert_same_state(uninterrupted, out)
+
+
+def test_a_validation_that_is_in_the_log_is_not_made_again(
+    uninterrupted, tmp_path, tiny_run, perceptual, teacher, data
+):
+    run, out = loop(tiny_run, val_every=3), tmp_path / "run"
+    with pytest.raises(RuntimeError, match="the machine is gone"):
+        train_tokenizer(run, out, perceptual=Watched(perceptual, 11, die), teacher=teacher, **data)
+    assert validations(out) == EVERY_THIRD[:2]
+    for _ in range(2):  # The second time it is finished.
+        train_tokenizer(run, out, resume=True, perceptual=perceptual, teacher=teacher, **data)
+        assert validations(out) == EVERY_THIRD
+    assert_same_state(uninterrupted, out)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_validation_saves_at_once(uninterrupted, tmp_path, tiny_run, perceptual, teacher, data, signum):
+    run, out = loop(tiny_run, val_every=3, save_every=1000), tmp_path / "run"
+    watched = Watched(perceptual, 7, send(signum))  # In the first of two batches.
+    with pytest.raises(TrainingStopped, match="after step 3"):
+        train_tokenizer(run, out, perceptual=watched, teacher=teacher, **data)
+    assert watched.left == -1  # The other K of that batch, no further batch.
+    assert state_of(out)[0]["step"] == 3
+    assert validations(out) == []
+    train_tokenizer(run, out, resume=True, perceptual=perceptual, teacher=teacher, **data)
+    assert validations(out) == EVERY_THIRD
+    assert_same_state(uninterrupted, out)
 
 
 def test_what_killed_saves_left_behind_goes(fabric, tiny_run, perceptual, teacher, tmp_path):

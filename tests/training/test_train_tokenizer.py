@@ -24,7 +24,7 @@ from mergevq.training.dry_run import count_parameters, dry_run
 from mergevq.training.inputs import open_inputs, stream
 from mergevq.training.state import build_state, start_from
 from mergevq.training.tokenizer import train_step, train_tokenizer
-from mergevq.training.validation import validate
+from mergevq.training.validation import draw_held_out, validate
 
 
 def changed(run: TokenizerRun, **parts: dict) -> TokenizerRun:
@@ -156,6 +156,41 @@ def test_validation_weighs_images_and_not_batches(state, folder, tiny_run):
     two, three = (validate(state, held_out, changed(tiny_run, loop={"batch_size": n})) for n in (2, 3))
     for name in ("psnr", "reconstruction", "perceptual", "commitment", "recovery", "sample_entropy"):
         assert two[20][name] == pytest.approx(three[20][name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_validation_that_is_not_finite_is_told_and_ends_nothing(
+    tmp_path, tiny_run, perceptual, teacher, monkeypatch, capfd, value
+):
+    monkeypatch.setattr("mergevq.training.validation.psnr", lambda x, y: torch.full((len(x),), value))
+    run = changed(tiny_run, loop={"steps": 2, "val_every": 1})
+    train_tokenizer(run, tmp_path / "run", perceptual=perceptual, teacher=teacher)
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").open()]
+    values = [record["psnr"] for record in records if record["kind"] == "val"]
+    assert values == [None] * 4
+    assert f"not finite at step 1, null in log.jsonl: psnr = {value}" in capfd.readouterr().err.splitlines()
+
+
+def test_reconstructions_that_are_not_finite_end_nothing(tmp_path, state, folder, tiny_run):
+    with torch.no_grad():
+        next(state.ema.module.decoder.parameters()).fill_(torch.nan)
+    values = validate(state, folder.select([1, 4]), tiny_run)
+    assert math.isnan(values[20]["psnr"]) and math.isnan(values[20]["reconstruction"])
+    draw_held_out(tmp_path / "a.png", state, folder.select([1, 4]), tiny_run)
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_unreadable_held_out_images_are_left_out_of_the_picture(tmp_path, state, folder, tiny_run):
+    held_out = folder.select(range(9))
+    root = tmp_path / "some"
+    root.mkdir()
+    for i in range(9):
+        image = root / f"{i}.png"
+        held_out.read(i).image.save(image)
+        if i in (0, 2, 4, 6):  # The four that are evenly spread.
+            image.write_bytes(b"no image")
+    draw_held_out(tmp_path / "a.png", state, ImageFolder(root), changed(tiny_run, loop={"val_images": 9}))
+    assert (tmp_path / "a.png").exists()
 
 
 # ------------------------------------------------------------------------------------------------------ starting points
