@@ -64,13 +64,16 @@ def _run(words: list[str]) -> None:
         verb = " ".join(words[:length])
         if verb in VERBS:
             module, function = VERBS[verb][0].split(":")
-            rest, run = words[length:], getattr(import_module(module), function)
+            file = import_module(module)
+            rest, run = words[length:], getattr(file, function)
             flags: tuple[Any, ...] = (tyro.conf.FlagCreatePairsOff,)
+            lists = None
             if words[0] == "train":
                 # The defaults of its options are those of a preset, which the words name. So an option may be on
                 # already, and each needs a word for off: the same words with every preset.
+                lists = file.number_lists()
                 run, flags = run(rest), ()
-            tyro.cli(run, prog=f"mergevq {verb}", args=rest, config=flags)
+            tyro.cli(run, prog=f"mergevq {verb}", args=rest, config=flags, registry=lists)
             return
     below = {verb: what for verb, what in VERBS.items() if verb.startswith(f"{words[0]} ")}
     if below and words[1:2] in ([], ["-h"], ["--help"]):

@@ -21,6 +21,15 @@ def _is_counts(value: Any) -> bool:
     return isinstance(value, tuple) and all(isinstance(k, int) for k in value)
 
 
+def read_numbers(words: list[str]) -> tuple[int, ...]:
+    """Returns whole numbers written with commas, with spaces, or both.
+
+    Raises:
+        ValueError: a word is none, in words for the parser's message.
+    """
+    return tuple(number for word in words for number in _read_counts([word.removesuffix(",")]))
+
+
 def _write_counts(counts: tuple[int, ...]) -> list[str]:
     return [",".join(map(str, counts))]
 

@@ -1,5 +1,6 @@
 """`mergevq train tokenizer`: every field of a run is an option, and a preset gives their defaults."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Annotated, TypeVar
 import tyro
 
 from mergevq import presets
+from mergevq.cli.options import read_numbers
 from mergevq.errors import ConfigError
 from mergevq.tokenizer.config import TokenizerConfig
 from mergevq.training.config import DataConfig, HardwareConfig, LoopConfig, LossConfig, OptimConfig, TokenizerRun
@@ -70,7 +72,8 @@ def train_tokenizer(words: Sequence[str]) -> Callable[..., None]:
 
         Args:
             out: Folder of the run.
-            resume: Go on with the run in RUN; its configuration stays but for steps, minutes, intervals and workers.
+            resume: Go on with the run in RUN; its configuration stays but for loop.steps, .minutes, .val_num_tokens,
+                .val_every, .val_images, .save_every, .log_every and data.train, .val (the same images elsewhere), .workers.
             init: Start from the weights of this tokenizer: a file, a run's folder, or a Hugging Face hub id.
             force: Start anew in a folder that holds something; an earlier run's files are removed.
             dry_run: Print the resolved configuration, what differs from the preset and the parameter counts, and stop.
@@ -79,6 +82,27 @@ def train_tokenizer(words: Sequence[str]) -> Callable[..., None]:
         _train(out, base, run, hardware, resume=resume, init=init, force=force, show_only=dry_run)
 
     return train
+
+
+def number_lists() -> tyro.constructors.ConstructorRegistry:
+    """Returns what lets lists of K be written 144,64 as with the other verbs, or 144 64."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def numbers(
+        info: tyro.constructors.PrimitiveTypeInfo,
+    ) -> tyro.constructors.PrimitiveConstructorSpec[tuple[int, ...]] | None:
+        if info.type != tuple[int, ...]:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="INT,...",
+            instance_from_str=read_numbers,
+            is_instance=lambda value: isinstance(value, tuple) and all(isinstance(k, int) for k in value),
+            str_from_instance=lambda value: [",".join(map(str, value))],
+        )
+
+    return registry
 
 
 def _train(
@@ -100,7 +124,8 @@ def _train(
     from mergevq.training.tokenizer import train_tokenizer
 
     path = train_tokenizer(run, out, resume=resume, init=init, force=force, hardware=hardware)
-    print(path)
+    if os.environ.get("RANK", "0") == "0":  # Processes that torchrun started all end here.
+        print(path)
 
 
 def _parts(cls: type[M], model: TokenizerConfig) -> M:

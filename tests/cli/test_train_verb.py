@@ -12,6 +12,7 @@ from mergevq.data.images import write_images
 from mergevq.tokenizer.model import MergeVQ
 from mergevq.tokens import load_tokens
 from mergevq.training.config import TokenizerRun
+from mergevq.training.run_folder import FREE_FIELDS
 
 SMALL = (
     *("--loop.steps", "2", "--loop.batch-size", "2", "--loop.num-tokens", "64", "20", "--loop.val-num-tokens", "64"),
@@ -47,6 +48,18 @@ def test_switches_have_the_same_words_with_every_preset(
     assert "--data.flip, --data.no-flip Mirror" in text and "--no-resume" not in text
 
 
+@pytest.mark.parametrize("numbers", ["144,64", "144 64", "144, 64"])
+def test_lists_of_k_are_written_with_commas_or_spaces(
+    numbers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "tokenizer", "--preset", "tiny", "--out", str(tmp_path / "run"), "--dry-run"]
+    assert main([*words, "--loop.num-tokens", *numbers.split()]) == 0
+    assert "loop.num_tokens = [144, 64] (preset" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--loop.num-tokens", "many"])
+    assert stop.value.code == 2 and "144,64" in capsys.readouterr().err
+
+
 def test_a_run_is_trained_resumed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_images(tmp_path / "photos", torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1)
     run, photos = str(tmp_path / "run"), ["--data.train", str(tmp_path / "photos"), "--data.val-fraction", "0.3"]
@@ -69,6 +82,25 @@ def test_a_run_is_trained_resumed_and_kept(tmp_path: Path, capsys: pytest.Captur
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert max(steps) == 3
     assert (tmp_path / "run" / "model.safetensors").read_bytes() != before
+
+
+def test_the_help_of_resume_names_what_may_change(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "tokenizer", "--help"])
+    text = capsys.readouterr().out
+    resume = text[text.index("--resume") : text.index("--init")]
+    for name in FREE_FIELDS:
+        assert name.split(".")[1] in resume, name
+
+
+@pytest.mark.parametrize(("rank", "printed"), [("0", "model.safetensors\n"), ("1", "")])
+def test_one_of_torchruns_processes_prints_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str, printed: str
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("mergevq.training.tokenizer.train_tokenizer", lambda *_, **__: Path("model.safetensors"))
+    assert main(["train", "tokenizer", "--preset", "tiny", "--out", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out == printed
 
 
 def test_the_demo_trains_round_trips_measures_and_reports(
