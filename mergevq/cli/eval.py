@@ -38,7 +38,7 @@ def eval_reconstruction(
         batch_size: Images at a time.
         examples: Images in the report.
         device: auto, cpu, cuda, cuda:1, ...
-        seed: Of the halves of the originals, whose distance shows how low the distances can get.
+        seed: Of the two halves of the originals whose distance is given for reference.
         force: Write into a folder that holds files already; files of the same names are replaced.
     """
     from rich.console import Console

@@ -15,10 +15,10 @@ from mergevq.data.folder import ImageFolder
 from mergevq.data.loader import evaluation_batches
 from mergevq.data.sources import evaluation_images
 from mergevq.errors import ConfigError
-from mergevq.evaluation.result import Example, Floor, ReconstructionReport, ReconstructionRow, Spread
+from mergevq.evaluation.result import Example, ReconstructionReport, ReconstructionRow, Reference, Spread
 from mergevq.losses.perceptual import build_perceptual
 from mergevq.metrics.codebook import CodebookUsage
-from mergevq.metrics.distribution import FeatureStore, frechet_distance, kernel_distance
+from mergevq.metrics.distribution import FeatureSet, FeatureStore, frechet_distance, kernel_distance
 from mergevq.metrics.features import FeatureNetwork, feature_network, weights_checksum
 from mergevq.metrics.image import WINDOW, psnr, ssim, to_uint8
 from mergevq.tokenizer.model import MergeVQ
@@ -27,7 +27,7 @@ from mergevq.tokenizer.model import MergeVQ
 def evaluate_reconstruction(
     tok: MergeVQ,
     data: str | Path | ImageFolder,
-    num_tokens: Sequence[int] | None = None,
+    num_tokens: int | Sequence[int] | None = None,
     *,
     network: str | nn.Module | None = "lite1",
     perceptual: str | nn.Module | None = None,
@@ -48,7 +48,7 @@ def evaluate_reconstruction(
         tok: the tokenizer; used in evaluation mode and left in the mode it was in.
         data: a folder, a .zip, a pattern that names several .zip files, "embedded", or a data set. Of a source with
             parts, the held-out part.
-        num_tokens: the K's; None takes the tokenizer's own.
+        num_tokens: one K or several; None takes the tokenizer's own.
         network: features for the distances between all originals and all reconstructions: "inception" (rFID, its
             weights are downloaded once), "lite1" (from a package; another number, under another name), any module from
             images in [-1, 1] to features [B, D], or None.
@@ -58,7 +58,7 @@ def evaluate_reconstruction(
         batch_size: images at a time.
         examples: images kept for pictures, evenly spread.
         device: where to compute; the tokenizer and the networks are moved there. None leaves the tokenizer where it is.
-        seed: of the two halves of the originals whose distance is the floor.
+        seed: of the two halves of the originals that are compared with each other, for reference.
         on_images: called after each batch with its number of images.
 
     Raises:
@@ -68,7 +68,8 @@ def evaluate_reconstruction(
         CheckpointError: a network's weights are not here and cannot be downloaded.
     """
     images = evaluation_images(data)
-    counts = sorted(set(num_tokens or (tok.config.num_tokens,)), reverse=True)
+    wanted = (num_tokens,) if isinstance(num_tokens, int) else num_tokens or (tok.config.num_tokens,)
+    counts = sorted(set(wanted), reverse=True)
     side = tok.config.image_size if size is None else size
     place = torch.device(device) if device is not None else tok.encoder.class_token.device
     features = None if network is None else feature_network(network).to(place)
@@ -98,8 +99,8 @@ def evaluate_reconstruction(
     finally:
         tok.train(was_training)
 
-    originals = run.originals.features if features is not None and seen >= 2 else None
-    floor = None if originals is None or seen < 4 else _floor(originals, seed)
+    originals = FeatureSet(run.originals.features) if features is not None and seen >= 2 else None
+    reference = None if originals is None or seen < 4 else _reference(originals.features, seed)
     protocol = {
         "data": str(images.root) if not isinstance(data, str | Path) else str(data),
         "images": seen,
@@ -122,9 +123,9 @@ def evaluate_reconstruction(
     }
     return ReconstructionReport(
         rows=tuple(tally.row(originals) for tally in run.tallies.values()),
-        floor=floor,
+        reference=reference,
         protocol=protocol,
-        notes=_notes(seen, total, side, features, floor),
+        notes=_notes(seen, total, side, features, reference),
         grid=run.grid,
         examples=tuple(run.examples),
     )
@@ -146,13 +147,13 @@ class _Tally:
         for name, value in values.items():
             self.values.setdefault(name, []).append(value.detach().cpu().double())
 
-    def row(self, originals: Float[Tensor, "n D"] | None) -> ReconstructionRow:
+    def row(self, originals: FeatureSet | None) -> ReconstructionRow:
         values = {name: torch.cat(parts) for name, parts in self.values.items()}
         means = {name: float(value.mean()) for name, value in values.items()}
         # The first batch pays for memory and kernels that later ones reuse.
         timed = self.seconds[1:] or self.seconds
         images = sum(count for count, _, _ in timed)
-        mine = None if originals is None else self.features.features
+        mine = None if originals is None else FeatureSet(self.features.features)
         return ReconstructionRow(
             num_tokens=self.num_tokens,
             bits_index=means["bits_index"],
@@ -161,7 +162,7 @@ class _Tally:
             ssim=_spread(values["ssim"]) if "ssim" in values else None,
             perceptual=means.get("perceptual"),
             frechet=None if originals is None or mine is None else frechet_distance(originals, mine),
-            kernel=None if originals is None or mine is None else kernel_distance(originals, mine),
+            kernel=None if originals is None or mine is None else kernel_distance(originals, mine, paired=True),
             distinct_tokens=means["distinct"],
             codebook_used=self.codebook.distinct,
             codebook_size=2**self.codebook.num_bits,
@@ -232,14 +233,16 @@ def _spread(values: Tensor) -> Spread:
     return Spread(float(values.mean()), float(values.std(correction=0)))
 
 
-def _floor(originals: Float[Tensor, "n D"], seed: int) -> Floor:
+def _reference(originals: Float[Tensor, "n D"], seed: int) -> Reference:
     half = len(originals) // 2
     order = torch.randperm(len(originals), generator=torch.Generator().manual_seed(seed))
-    a, b = originals[order[:half]], originals[order[half : 2 * half]]
-    return Floor(frechet_distance(a, b), kernel_distance(a, b), half)
+    a, b = FeatureSet(originals[order[:half]]), FeatureSet(originals[order[half : 2 * half]])
+    return Reference(frechet_distance(a, b), kernel_distance(a, b), half)
 
 
-def _notes(seen: int, total: int, side: int, network: FeatureNetwork | None, floor: Floor | None) -> tuple[str, ...]:
+def _notes(
+    seen: int, total: int, side: int, network: FeatureNetwork | None, reference: Reference | None
+) -> tuple[str, ...]:
     notes = []
     if seen < total:
         notes.append(f"{total - seen} of {total} images could not be read and were left out.")
@@ -248,15 +251,16 @@ def _notes(seen: int, total: int, side: int, network: FeatureNetwork | None, flo
     if network is not None and seen >= 2:
         notes.append(
             f"Fréchet distance of {seen} images on {network.name} ({network.checksum[:12]}); "
-            "it falls with their number, so compare at equal numbers only. The kernel distance does not."
+            "it falls with their number, so compare at equal numbers only. "
+            "The kernel distance, taken for pairs, does not."
         )
-    if floor is not None:
+    if reference is not None:
         notes.append(
-            f"Floor: two halves of the originals, {floor.images} images each, are {floor.frechet:.4g} (Fréchet) "
-            f"and {floor.kernel:.4g} (kernel) apart."
+            f"For reference: two halves of the originals, {reference.images} different images of the same kind each, "
+            f"are {reference.frechet:.4g} (Fréchet) and {reference.kernel:.4g} (kernel) apart. Copies are 0 apart."
         )
     elif network is not None:
-        notes.append(f"The floor, the distance of two halves of the originals, needs at least 4 images, got {seen}.")
+        notes.append(f"The reference, two halves of the originals, needs at least 4 images, got {seen}.")
     if side < WINDOW:
         notes.append(f"SSIM needs images of at least {WINDOW} x {WINDOW} pixels, got {side}: not measured.")
     return tuple(notes)

@@ -78,18 +78,20 @@ def rate_distortion_plot(report: ReconstructionReport) -> bytes:
         (
             report.distance_names()[0],
             [row.frechet for row in report.rows],
-            None if report.floor is None else report.floor.frechet,
+            None if report.reference is None else report.reference.frechet,
         ),
     ]
     curves: list[tuple[str, list[float], float | None]] = []
-    for name, column, floor in measured:
+    for name, column, reference in measured:
         values = [value for value in column if value is not None and math.isfinite(value)]
         if len(values) == len(column):
-            curves.append((name, values, floor))
+            curves.append((name, values, reference))
     # A salt of our own and no date: the same numbers give the same bytes.
     with rc_context({"svg.hashsalt": "mergevq", "font.size": 9, "axes.edgecolor": _FAINT, "axes.linewidth": 0.8}):
         figure = Figure(figsize=(3.4 * len(curves), 2.9), layout="constrained")
-        for axes, (name, values, floor) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
+        for axes, (name, values, reference) in zip(
+            figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True
+        ):
             bits = [row.bits for row in report.rows]
             axes.plot(bits, values, "o-", color=_INK, markersize=4, linewidth=1.4)
             falling = values[0] < values[-1]  # The rows begin with the largest K.
@@ -98,10 +100,14 @@ def rate_distortion_plot(report: ReconstructionReport) -> bytes:
                 axes.annotate(
                     f"K {row.num_tokens}", (x, y), offset, textcoords="offset points", fontsize=7, color=_FAINT
                 )
-            if floor is not None:
-                axes.axhline(floor, color=_FAINT, linestyle="--", linewidth=0.8)
+            if reference is not None:
+                axes.axhline(reference, color=_FAINT, linestyle="--", linewidth=0.8)
                 axes.annotate(
-                    "halves of the originals", (min(bits), floor), (0, 3), textcoords="offset points", fontsize=7
+                    "two halves of the originals",
+                    (min(bits), reference),
+                    (0, 3),
+                    textcoords="offset points",
+                    fontsize=7,
                 )
             axes.set_title(name, fontsize=9)
             axes.set_xlabel("bits per image")

@@ -42,7 +42,7 @@ class ReconstructionRow:
     frechet: float | None
     """Fréchet distance of the features of all originals and of all reconstructions; None if it was not measured."""
     kernel: float | None
-    """Kernel distance (squared MMD, polynomial kernel, unbiased); None if it was not measured."""
+    """Kernel distance (squared MMD, polynomial kernel, unbiased for pairs); None if it was not measured."""
     distinct_tokens: float
     """Different codebook indices in an image, mean over images."""
     codebook_used: int
@@ -61,13 +61,15 @@ class ReconstructionRow:
 
 
 @dataclass(frozen=True)
-class Floor:
-    """Distances between two random halves of the originals: what perfect reconstructions of that many images give."""
+class Reference:
+    """Distances between two random halves of the originals: different images of the same kind. It tells what a number
+    means, and limits nothing: reconstructions are compared with their own originals, and copies have distances of 0.
+    """
 
     frechet: float
     kernel: float
     images: int
-    """In each half. The Fréchet distance grows as the number of images falls, so this one lies above that of all."""
+    """In each half. The Fréchet distance grows as the number of images falls."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +89,7 @@ class ReconstructionReport:
 
     rows: tuple[ReconstructionRow, ...]
     """One a K, largest K first."""
-    floor: Floor | None
+    reference: Reference | None
     protocol: dict[str, Any]
     """How it was measured: data and how many images, sizes, rounding, networks with checksums, hardware, versions."""
     notes: tuple[str, ...]
@@ -110,7 +112,7 @@ class ReconstructionReport:
             "schema": SCHEMA,
             "protocol": self.protocol,
             "rows": [_finite({**asdict(row), "bits": row.bits}) for row in self.rows],
-            "floor": None if self.floor is None else asdict(self.floor),
+            "reference": None if self.reference is None else asdict(self.reference),
             "notes": list(self.notes),
         }
 

@@ -4,11 +4,15 @@ A number is comparable only with others of the same feature network (see `mergev
 of images and the same preparation of the images.
 """
 
+from functools import cached_property
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mergevq.errors import ShapeError
+
+_BLOCK = 2048  # Rows of a kernel matrix held at a time.
 
 
 class FeatureStatistics:
@@ -77,14 +81,44 @@ class FeatureStore:
         return torch.cat(self._parts)
 
 
-def frechet_distance(a: Float[Tensor, "n D"] | FeatureStatistics, b: Float[Tensor, "m D"] | FeatureStatistics) -> float:
+class FeatureSet:
+    """Features that several others are compared with: what depends on them alone is computed once, when it is needed.
+
+    Raises:
+        ShapeError: A number is not finite.
+    """
+
+    def __init__(self, features: Float[Tensor, "n D"]) -> None:
+        self.features = _checked(features)
+
+    @cached_property
+    def statistics(self) -> FeatureStatistics:
+        """Their mean and covariance."""
+        out = FeatureStatistics()
+        out.update(self.features)
+        return out
+
+    @cached_property
+    def factor(self) -> Float[Tensor, "D rank"]:
+        """F with F F^T their covariance."""
+        return _factor(self.statistics.covariance)
+
+    @cached_property
+    def within(self) -> Float[Tensor, ""]:
+        """Sum of the kernel over all ordered pairs of two different ones."""
+        return _within(self.features, _BLOCK)
+
+
+def frechet_distance(
+    a: Float[Tensor, "n D"] | FeatureStatistics | FeatureSet, b: Float[Tensor, "m D"] | FeatureStatistics | FeatureSet
+) -> float:
     """Squared Fréchet distance of the normal distributions fitted to two sets of features; 0 for equal sets.
 
     |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), in float64. Its expectation falls with the number of
     images, so compare at equal numbers only.
 
     Args:
-        a: Features, or their statistics gathered batch by batch.
+        a: Features, their statistics gathered batch by batch, or a set that is compared several times.
         b: Likewise.
 
     Raises:
@@ -93,45 +127,61 @@ def frechet_distance(a: Float[Tensor, "n D"] | FeatureStatistics, b: Float[Tenso
     Reference:
         Heusel et al., GANs trained by a two time-scale update rule (arXiv 1706.08500), equation 6.
     """
-    a, b = _statistics(a), _statistics(b)
-    if a.mean.shape != b.mean.shape:
-        raise ShapeError(f"expected features of one width, got {len(a.mean)} and {len(b.mean)}")
-    factor_a, factor_b = _factor(a.covariance), _factor(b.covariance)
+    (mean_a, factor_a), (mean_b, factor_b) = _moments(a), _moments(b)
+    if mean_a.shape != mean_b.shape:
+        raise ShapeError(f"expected features of one width, got {len(mean_a)} and {len(mean_b)}")
     # The eigenvalues of (C_a C_b)^(1/2) are the singular values of F_a^T F_b. Taking roots of eigenvalues instead would
     # turn round-off of 1e-16 into 1e-8 for each direction that a small set of images leaves empty.
     trace = torch.linalg.svdvals(factor_a.T @ factor_b).sum()
     spread = factor_a.square().sum() + factor_b.square().sum()
-    distance = (a.mean - b.mean).square().sum() + spread - 2 * trace
+    distance = (mean_a - mean_b).square().sum() + spread - 2 * trace
     return float(distance)
 
 
-def kernel_distance(a: Float[Tensor, "n D"], b: Float[Tensor, "m D"], block: int = 2048) -> float:
+def kernel_distance(
+    a: Float[Tensor, "n D"] | FeatureSet,
+    b: Float[Tensor, "m D"] | FeatureSet,
+    block: int = _BLOCK,
+    *,
+    paired: bool = False,
+) -> float:
     """Squared maximum mean discrepancy of two sets of features, kernel (x.y / D + 1)^3: the full unbiased estimate.
 
     All pairs count, once, and no random subsets are drawn, so the result has no noise of its own; its expectation does
     not depend on the number of images. It may be slightly negative.
 
+    That holds for independent sets. Where b[i] was made from a[i], as reconstructions are, the kernel of the two is far
+    above that of strangers, and the estimate too low by the order of 1/n (below 0 for copies). `paired` leaves these
+    n terms out of the cross term: unbiased for pairs, and 0 for copies.
+
     Args:
-        a: Features.
+        a: Features, or a set that is compared several times.
         b: Likewise.
         block: Rows of the kernel matrix held at a time; no effect on the result but round-off.
+        paired: b[i] belongs to a[i].
 
     Raises:
-        ShapeError: A number is not finite, widths differ, or there are fewer than 2 images.
+        ShapeError: A number is not finite, widths differ, there are fewer than 2 images, or pairs are not equally many.
 
     Reference:
         Bińkowski et al., Demystifying MMD GANs (arXiv 1801.01401), equation 4.
     """
-    a, b = _checked(a), _checked(b)
+    first, second = a, b
+    a = a.features if isinstance(a, FeatureSet) else _checked(a)
+    b = b.features if isinstance(b, FeatureSet) else _checked(b)
     if a.shape[1] != b.shape[1]:
         raise ShapeError(f"expected features of one width, got {a.shape[1]} and {b.shape[1]}")
     n, m = len(a), len(b)
     if min(n, m) < 2:
         raise ShapeError(f"a kernel distance needs at least 2 images on either side, got {n} and {m}")
-    within_a = _kernel_sum(a, a, block) - _kernel(a.square().sum(1), a.shape[1]).sum()
-    within_b = _kernel_sum(b, b, block) - _kernel(b.square().sum(1), b.shape[1]).sum()
-    between = _kernel_sum(a, b, block)
-    return float(within_a / (n * (n - 1)) + within_b / (m * (m - 1)) - 2 * between / (n * m))
+    within_a = first.within if isinstance(first, FeatureSet) else _within(a, block)
+    within_b = second.within if isinstance(second, FeatureSet) else _within(b, block)
+    between, pairs = _kernel_sum(a, b, block), n * m
+    if paired:
+        if n != m:
+            raise ShapeError(f"expected as many features on either side of pairs, got {n} and {m}")
+        between, pairs = between - _kernel((a * b).sum(1), a.shape[1]).sum(), n * (n - 1)
+    return float(within_a / (n * (n - 1)) + within_b / (m * (m - 1)) - 2 * between / pairs)
 
 
 def _factor(covariance: Tensor) -> Tensor:
@@ -139,6 +189,11 @@ def _factor(covariance: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance)
     kept = values > values.max() * len(values) * torch.finfo(values.dtype).eps
     return vectors[:, kept] * values[kept].sqrt()
+
+
+def _within(features: Tensor, block: int) -> Tensor:
+    """Sum of the kernel over all ordered pairs of two different rows."""
+    return _kernel_sum(features, features, block) - _kernel((features * features).sum(1), features.shape[1]).sum()
 
 
 def _kernel(dot: Tensor, width: int) -> Tensor:
@@ -150,12 +205,12 @@ def _kernel_sum(a: Tensor, b: Tensor, block: int) -> Tensor:
     return torch.stack(rows).sum()
 
 
-def _statistics(features: Tensor | FeatureStatistics) -> FeatureStatistics:
+def _moments(features: Tensor | FeatureStatistics | FeatureSet) -> tuple[Tensor, Tensor]:
+    """Mean and factor of the covariance."""
     if isinstance(features, FeatureStatistics):
-        return features
-    out = FeatureStatistics()
-    out.update(features)
-    return out
+        return features.mean, _factor(features.covariance)
+    found = features if isinstance(features, FeatureSet) else FeatureSet(features)
+    return found.statistics.mean, found.factor
 
 
 def _checked(features: Tensor) -> Tensor:

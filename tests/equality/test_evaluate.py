@@ -85,15 +85,15 @@ def test_distances_are_those_between_the_files(tiny_tokenizer: MergeVQ, folder: 
     back = read_images(tmp_path / "back", 32)
     row = report.rows[0]
     assert row.frechet == pytest.approx(frechet_distance(network(images), network(back)), rel=1e-5)
-    assert row.kernel == pytest.approx(kernel_distance(network(images), network(back)), rel=1e-4)
+    assert row.kernel == pytest.approx(kernel_distance(network(images), network(back), paired=True), rel=1e-4)
     assert row.perceptual == pytest.approx((back - images).abs().mean().item(), rel=1e-5)
     assert report.protocol["network"]["name"] == "Corners" and len(report.protocol["network"]["sha256"]) == 64
     assert report.protocol["perceptual"]["name"] == "MeanDifference"
     assert report.distance_names() == ("FD-Corners", "KD-Corners")
-    assert report.floor is not None and report.floor.images == 3
+    assert report.reference is not None and report.reference.images == 3
     again = evaluate_reconstruction(tiny_tokenizer, folder, (20,), network=network)
     other = evaluate_reconstruction(tiny_tokenizer, folder, (20,), network=network, seed=1)
-    assert report.floor == again.floor != other.floor
+    assert report.reference == again.reference != other.reference
 
 
 def test_examples_are_what_was_encoded_and_decoded(tiny_tokenizer: MergeVQ, folder: Path) -> None:
@@ -111,16 +111,26 @@ def test_examples_are_what_was_encoded_and_decoded(tiny_tokenizer: MergeVQ, fold
             )
 
 
+def test_copies_have_no_distance_and_one_k_is_enough(tiny_tokenizer: MergeVQ, folder: Path) -> None:
+    images = iter(read_images(folder, 32).split(2))
+    tiny_tokenizer.decode = lambda tokens: next(images)  # type: ignore[method-assign]
+    report = evaluate_reconstruction(tiny_tokenizer, folder, 20, network=Corners(), batch_size=2)
+    row = report.rows[0]
+    assert row.num_tokens == 20 and row.psnr.mean == math.inf
+    assert row.kernel == 0 and row.frechet == pytest.approx(0, abs=1e-9)
+    assert "floor" not in str(report).lower() and "different images of the same kind" in str(report)
+
+
 def test_one_image_has_no_distances_and_says_so(tiny_tokenizer: MergeVQ, folder: Path) -> None:
     report = evaluate_reconstruction(tiny_tokenizer, folder, (20,), network=Corners(), limit=1)
     assert report.protocol["images"] == 1 and report.protocol["images_available"] == 7
-    assert report.rows[0].frechet is None and report.rows[0].kernel is None and report.floor is None
+    assert report.rows[0].frechet is None and report.rows[0].kernel is None and report.reference is None
     assert any("at least 2 images, got 1" in note for note in report.notes)
     written = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert written["rows"][0]["frechet"] is None
     assert written["rows"][0]["psnr"] == {"mean": report.rows[0].psnr.mean, "std": 0.0}
     three = evaluate_reconstruction(tiny_tokenizer, folder, (20,), network=Corners(), limit=3)
-    assert three.rows[0].frechet is not None and three.floor is None
+    assert three.rows[0].frechet is not None and three.reference is None
     assert any("needs at least 4 images, got 3" in note for note in three.notes)
 
 

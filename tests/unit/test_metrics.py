@@ -9,7 +9,7 @@ from torch import nn
 
 from mergevq.errors import CheckpointError, ConfigError, MissingDependencyError, ShapeError
 from mergevq.metrics.codebook import CodebookUsage
-from mergevq.metrics.distribution import FeatureStatistics, FeatureStore, frechet_distance, kernel_distance
+from mergevq.metrics.distribution import FeatureSet, FeatureStatistics, FeatureStore, frechet_distance, kernel_distance
 from mergevq.metrics.features import FeatureNetwork, feature_network
 from mergevq.metrics.image import psnr, ssim, to_uint8
 
@@ -125,6 +125,33 @@ def test_kernel_distance_has_no_bias():
     assert std > 0 and abs(mean) < 3 * std / math.sqrt(60)
 
 
+def test_kernel_distance_of_pairs_has_no_bias_and_that_of_copies_is_zero():
+    x = gaussian(30, 8)
+    assert kernel_distance(x, x, paired=True) == 0 > kernel_distance(x, x)
+    # Both sets have the same distribution, and a partner is nearly a copy: the truth is 0.
+    values, unpaired = [], []
+    for i in range(60):
+        x, noise = gaussian(30, 8, seed=2 * i), gaussian(30, 8, seed=2 * i + 1)
+        y = 0.9 * x + math.sqrt(1 - 0.9**2) * noise
+        values.append(kernel_distance(x, y, paired=True))
+        unpaired.append(kernel_distance(x, y))
+    for estimates, unbiased in ((values, True), (unpaired, False)):
+        mean, std = torch.tensor(estimates).mean(), torch.tensor(estimates).std()
+        assert bool(abs(mean) < 3 * std / math.sqrt(60)) == unbiased
+
+
+def test_a_set_compared_several_times_is_worked_on_once(monkeypatch):
+    x, others = gaussian(40, 6), [gaussian(40, 6, seed=i) + i for i in (1, 2, 3)]
+    expected = [(frechet_distance(x, y), kernel_distance(x, y), kernel_distance(x, y, paired=True)) for y in others]
+    calls, eigh = [], torch.linalg.eigh
+    monkeypatch.setattr("torch.linalg.eigh", lambda *args: calls.append(1) or eigh(*args))
+    kept = FeatureSet(x)
+    for y, values in zip(others, expected, strict=True):
+        found = (frechet_distance(kept, y), kernel_distance(kept, y), kernel_distance(kept, FeatureSet(y), paired=True))
+        assert found == pytest.approx(values, rel=1e-12)
+    assert len(calls) == 1 + len(others)
+
+
 @pytest.mark.parametrize("sizes", [(100,), (1, 99), (30, 50, 20)])
 def test_one_and_several_batches_give_the_same(sizes):
     x, y = gaussian(100, 5) + 1000, gaussian(80, 5, seed=1) * 2 + 1001
@@ -144,6 +171,8 @@ def test_too_few_images_or_other_widths():
         frechet_distance(gaussian(1, 3), gaussian(5, 3))
     with pytest.raises(ShapeError, match="at least 2 images on either side, got 5 and 1"):
         kernel_distance(gaussian(5, 3), gaussian(1, 3))
+    with pytest.raises(ShapeError, match="either side of pairs, got 5 and 4"):
+        kernel_distance(gaussian(5, 3), gaussian(4, 3), paired=True)
     for distance in (frechet_distance, kernel_distance):
         with pytest.raises(ShapeError, match="of one width, got 3 and 4"):
             distance(gaussian(5, 3), gaussian(5, 4))

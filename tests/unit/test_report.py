@@ -13,7 +13,7 @@ from PIL import Image
 
 from mergevq.errors import MissingDependencyError, ShapeError
 from mergevq.evaluation.report import render_html, report_picture
-from mergevq.evaluation.result import Example, Floor, ReconstructionReport, ReconstructionRow, Spread
+from mergevq.evaluation.result import Example, ReconstructionReport, ReconstructionRow, Reference, Spread
 
 
 def _row(k: int, psnr: float = 20.0, frechet: float | None = 3.5) -> ReconstructionRow:
@@ -35,7 +35,7 @@ def _report(network: str = "lite1", data: str = "photos", **changes: Any) -> Rec
     }
     fields: dict[str, Any] = {
         "rows": (_row(4), _row(2, psnr=18.0, frechet=7.25)),
-        "floor": Floor(1.5, 0.001, 2),
+        "reference": Reference(1.5, 0.001, 2),
         "protocol": protocol,
         "notes": ("Something to know.",),
         "grid": (2, 2),
@@ -98,7 +98,7 @@ def test_what_was_not_measured_has_no_line_and_no_curve() -> None:
     heads, lines = _report(rows=rows).cells()
     assert heads == ["", "K = 4", "K = 2"]
     assert "FD-lite1" not in [line[0] for line in lines] and "KD-lite1" in [line[0] for line in lines]
-    render_html(_report(rows=(_row(4, psnr=float("inf"), frechet=None),), floor=None, examples=()))
+    render_html(_report(rows=(_row(4, psnr=float("inf"), frechet=None),), reference=None, examples=()))
 
 
 def test_only_inception_gives_fid() -> None:
@@ -111,7 +111,7 @@ def test_json_has_a_schema_and_no_infinity() -> None:
     assert value["schema"] == "mergevq.reconstruction/1"
     row = value["rows"][0]
     assert row["psnr"] == {"mean": None, "std": 1.5} and row["bits"] == 88.0 and row["bit_balance"] == [0.5, 0.25]
-    assert value["floor"] == {"frechet": 1.5, "kernel": 0.001, "images": 2}
+    assert value["reference"] == {"frechet": 1.5, "kernel": 0.001, "images": 2}
 
 
 def test_print_shows_a_table_that_brackets_do_not_confuse() -> None:
