@@ -3,7 +3,6 @@
 from typing import cast
 
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -99,17 +98,15 @@ class LeCam(nn.Module):
         self.register_buffer("fake", torch.zeros(()))
 
     @torch.no_grad()
-    def update(self, real: Float[Tensor, "*real"], fake: Float[Tensor, "*fake"]) -> None:
-        """Moves the running means towards the mean logits of this step, taken over all processes.
+    def update(self, real: float, fake: float) -> None:
+        """Moves the running means towards the mean logits of this step.
 
-        Where torch.distributed runs with several processes, all have to call this together.
+        Args:
+            real: Mean logit of real images, over all processes: every one of them has to give the same.
+            fake: Likewise of reconstructions.
         """
-        now = torch.stack([real.float().mean(), fake.float().mean()])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(now)
-            now /= torch.distributed.get_world_size()
-        self.real.lerp_(now[0], 1 - self.decay)
-        self.fake.lerp_(now[1], 1 - self.decay)
+        self.real.add_((real - self.real) * (1 - self.decay))
+        self.fake.add_((fake - self.fake) * (1 - self.decay))
 
     def penalty(self, real: Float[Tensor, "*real"], fake: Float[Tensor, "*fake"]) -> Float[Tensor, ""]:
         """Squared excess of real logits over the running fake mean, and of the running real mean over fake logits."""

@@ -39,7 +39,9 @@ class LossConfig:
     perceptual: Literal["lpips", "lite0"] = "lpips"
     """lpips: VGG16 with LPIPS weights (downloaded). lite0: EfficientNet-Lite0 from its package (offline)."""
     adversarial: Literal["non_saturating", "hinge"] = "non_saturating"
-    """What the autoencoder minimises; the discriminator always minimises the hinge."""
+    """What the autoencoder minimises to fool the discriminator."""
+    discriminator: Literal["hinge", "vanilla"] = "hinge"
+    """What the discriminator minimises: the hinge, or the cross-entropy of the first GANs."""
     disc_start: int = 0
     """Optimizer step at which the discriminator and the adversarial term begin."""
     disc_channels: int = 64

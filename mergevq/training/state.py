@@ -107,7 +107,8 @@ def build_state(
         discriminator.requires_grad_(True)
         lecam = LeCam(run.loss.lecam_decay) if weights.lecam > 0 else None
         disc_step, disc_optimizer = fabric.setup(
-            DiscriminatorStep(discriminator, lecam, dtype), build_adamw(discriminator, run.optim.disc_lr, run.optim)
+            DiscriminatorStep(discriminator, lecam, dtype, run.loss.discriminator),
+            build_adamw(discriminator, run.optim.disc_lr, run.optim),
         )
         adversary = Adversary(discriminator, disc_step, disc_optimizer, lecam)
     rng = torch.Generator().manual_seed(run.loop.seed)

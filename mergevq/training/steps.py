@@ -1,6 +1,6 @@
 """The two forwards of a training step, each one wrapped module, so that every gradient is averaged over processes."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from mergevq.losses.adversarial import (
     hinge_discriminator,
     hinge_generator,
     non_saturating_generator,
+    vanilla_discriminator,
 )
 from mergevq.losses.alignment import alignment_loss
 from mergevq.losses.reconstruction import pixel_loss
@@ -138,18 +139,24 @@ class AutoencoderStep(nn.Module):
 
 
 class DiscriminatorStep(nn.Module):
-    """Everything the discriminator minimises, in one forward: hinge on real and drawn images, LeCam.
+    """Everything the discriminator minimises, in one forward: its loss on real and drawn images, LeCam.
 
     Args:
         discriminator: what is trained.
         lecam: running logits, read here and moved once per optimizer step by `train_step`; None without the term.
         dtype: arithmetic of the discriminator.
+        kind: of the loss.
     """
 
     def __init__(
-        self, discriminator: PatchDiscriminator, lecam: LeCam | None, dtype: torch.dtype = torch.float32
+        self,
+        discriminator: PatchDiscriminator,
+        lecam: LeCam | None,
+        dtype: torch.dtype = torch.float32,
+        kind: Literal["hinge", "vanilla"] = "hinge",
     ) -> None:
         super().__init__()
+        self.loss = hinge_discriminator if kind == "hinge" else vanilla_discriminator
         self.dtype = dtype
         self.discriminator = discriminator
         self.lecam = lecam
@@ -164,7 +171,7 @@ class DiscriminatorStep(nn.Module):
         # Two passes: BatchNorm must not see both kinds at once.
         with autocast(real.device, self.dtype):
             real_logits, drawn_logits = self.discriminator(real).float(), self.discriminator(drawn).float()
-        losses = {"discriminator": hinge_discriminator(real_logits, drawn_logits)}
+        losses = {"discriminator": self.loss(real_logits, drawn_logits)}
         if self.lecam is not None:
             losses["lecam"] = self.lecam.penalty(real_logits, drawn_logits)
         metrics = {"logits_real": real_logits.detach().mean(), "logits_fake": drawn_logits.detach().mean()}
@@ -172,5 +179,5 @@ class DiscriminatorStep(nn.Module):
 
 
 def weighted_sum(losses: dict[str, Tensor], weights: Any) -> Tensor:
-    """Returns the sum of the losses times the weights of their names; one without a weight (the hinge) counts once."""
+    """Returns the sum of the losses times the weights of their names; the discriminator's has none and counts once."""
     return torch.stack([getattr(weights, name, 1.0) * value for name, value in losses.items()]).sum()

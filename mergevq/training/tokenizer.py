@@ -54,7 +54,7 @@ def train_step(state: TrainState, batch: Sequence[Batch], run: TokenizerRun) -> 
     Raises:
         NonFiniteLossError: a loss or gradient is NaN or infinite on some process; all processes raise it.
     """
-    weights, device = run.loss.weights, state.fabric.device
+    weights = run.loss.weights
     num_tokens = draw_num_tokens(state.rng, run.loop)
     adversary = state.adversary if state.step >= run.loss.disc_start else None
     progress = run_progress(state.step, state.elapsed, run.loop.steps, run.loop.minutes)
@@ -90,8 +90,7 @@ def train_step(state: TrainState, batch: Sequence[Batch], run: TokenizerRun) -> 
         adversary.optimizer.step()
         if adversary.lecam is not None:
             # After its use, unlike the release: the means of all micro-batches are known only now.
-            logits = (torch.tensor(values[name], device=device) for name in ("logits_real", "logits_fake"))
-            adversary.lecam.update(*logits)
+            adversary.lecam.update(values["logits_real"], values["logits_fake"])
     state.step += 1
     return StepReport(num_tokens, run.optim.lr * factor, run.optim.disc_lr * factor, values)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mergevq.errors import ConfigError, NonFiniteLossError
-from mergevq.losses.adversarial import hinge_discriminator
+from mergevq.losses.adversarial import hinge_discriminator, vanilla_discriminator
 from mergevq.training.config import LoopConfig, LossWeights, TokenizerRun
 from mergevq.training.precision import choose_dtype
 from mergevq.training.state import TrainState, build_state
@@ -68,8 +68,10 @@ def test_outside_networks_get_none_and_stay_in_eval_mode(state, batch, tiny_run,
     assert state.model.training
 
 
-def test_discriminator_gradients_come_from_its_own_loss_alone(fabric, tiny_run, perceptual, teacher, batch):
+@pytest.mark.parametrize(("kind", "own"), [("hinge", hinge_discriminator), ("vanilla", vanilla_discriminator)])
+def test_discriminator_gradients_come_from_its_own_loss_alone(fabric, tiny_run, perceptual, teacher, batch, kind, own):
     run = changed(tiny_run, optim={"clip_norm": 0.0}, loop={"num_tokens": (20,)})
+    run = replace(run, loss=replace(run.loss, discriminator=kind))
     state, twin = (build_state(fabric, run, perceptual, teacher) for _ in range(2))
     train_step(state, batch, run)
     discriminator, lecam = twin.adversary.discriminator, twin.adversary.lecam
@@ -77,7 +79,7 @@ def test_discriminator_gradients_come_from_its_own_loss_alone(fabric, tiny_run, 
         with torch.no_grad():
             drawn = twin.model(micro["image"], 20).reconstruction
         real, fake = discriminator(micro["image"]), discriminator(drawn)
-        loss = hinge_discriminator(real, fake) + run.loss.weights.lecam * lecam.penalty(real, fake)
+        loss = own(real, fake) + run.loss.weights.lecam * lecam.penalty(real, fake)
         (loss / len(batch)).backward()
     for (name, p), q in zip(state.adversary.discriminator.named_parameters(), discriminator.parameters(), strict=True):
         assert torch.allclose(p.grad, q.grad, atol=1e-6), name
@@ -164,6 +166,16 @@ def test_average_and_lecam_move_once_per_optimizer_step(state, batch, tiny_run):
         for side in running:
             running[side] = 0.5 * running[side] + 0.5 * report.values[f"logits_{side}"]
             assert float(getattr(state.adversary.lecam, side)) == pytest.approx(running[side], abs=1e-6)
+
+
+def test_processes_are_asked_for_their_means_once(state, batch, tiny_run, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    asked = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *a, **k: asked.append(a))
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *a: 1)
+    state.adversary.lecam.update(0.5, -0.5)
+    assert asked == []
+    assert (float(state.adversary.lecam.real), float(state.adversary.lecam.fake)) == (0.25, -0.25)
 
 
 def test_learning_rates_follow_the_schedule(state, batch, tiny_run):
