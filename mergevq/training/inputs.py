@@ -61,6 +61,9 @@ def open_inputs(
     if weights.alignment > 0:
         if labels and not train.classes:
             raise DataError("expected images in class folders for loss.alignment labels, got images without classes")
+        if labels and -1 in train.labels:
+            name = train.name(train.labels.index(-1))
+            raise DataError(f"expected a class for every image for loss.alignment labels, got none for {name}")
         width = run.model.alignment.teacher_dim
         came = len(train.classes) if labels else getattr(teacher, "width", width)
         if came != width:

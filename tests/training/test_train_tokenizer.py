@@ -271,6 +271,9 @@ def test_inputs_that_do_not_fit_are_refused(tiny_run, folder, perceptual, teache
     unlabelled = ImageFolder(folder.root / "cats")
     with pytest.raises(DataError, match="class folders"):
         open_inputs(labels, unlabelled, unlabelled, perceptual, None, 1)
+    names = ("cats", *(f"other {i}" for i in range(9)))
+    with pytest.raises(DataError, match=r"class for every image .*got none for dogs/00\.png"):
+        open_inputs(labels, ImageFolder(folder.root, classes=names), folder, perceptual, None, 1)
 
 
 def test_networks_whose_loss_is_off_are_left_out(tiny_run, folder, perceptual, teacher):
