@@ -37,13 +37,16 @@ def demo(
     from mergevq.cli.options import progress
     from mergevq.data.embedded import EmbeddedImages
     from mergevq.evaluation.reconstruction import evaluate_reconstruction
-    from mergevq.evaluation.report import report_picture
+    from mergevq.evaluation.report import check_packages, report_picture
     from mergevq.files import atomic_path, write_json
+    from mergevq.metrics.features import feature_network
     from mergevq.tokenizer.model import MergeVQ
     from mergevq.training.tokenizer import train_tokenizer
 
     if minutes <= 0 or images < 1:
         raise ConfigError(f"expected --minutes above 0 and --images of at least 1, got {minutes:g} and {images}")
+    check_packages()
+    feature_network("lite1")  # Needed after the training: if its package is missing, that is told before.
     started = time.perf_counter()
     preset = presets.tiny()
     run = replace(preset, loop=replace(preset.loop, minutes=minutes))
@@ -58,6 +61,7 @@ def demo(
         )
     examples, files = _round_trip(tok, held_out, out)
     report = replace(report, examples=examples)
+    Console().print(report.table())
     write_json(out / "report.json", report.to_json())
     with atomic_path(out / "report.png") as temporary:
         report_picture(report).save(temporary)
@@ -71,7 +75,6 @@ def demo(
         ),
         facts={"training": _training_facts(out, trained), **files},
     )
-    Console().print(report.table())
     print(f"report   {out / 'report.html'}")
     print(f"picture  {out / 'report.png'}")
     print(f"model    {out / 'model.safetensors'}")

@@ -45,10 +45,12 @@ def eval_reconstruction(
 
     from mergevq.data.sources import evaluation_images
     from mergevq.evaluation.reconstruction import evaluate_reconstruction
+    from mergevq.evaluation.report import check_packages
     from mergevq.files import refuse_existing, write_json
     from mergevq.tokenizer.model import MergeVQ
 
     check_batch_size(batch_size)
+    check_packages()
     refuse_existing(out, force)
     images = evaluation_images(data)
     tok = MergeVQ.from_pretrained(model, device=choose_device(device))
@@ -69,6 +71,6 @@ def eval_reconstruction(
             on_images=advance,
         )
     write_json(out / "reconstruction.json", report.to_json())
-    report.write_html(out / "report.html")
     Console().print(report.table())
+    report.write_html(out / "report.html")
     print(f"{out / 'reconstruction.json'}, {out / 'report.html'}")

