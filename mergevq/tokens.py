@@ -320,7 +320,8 @@ def load_tokens(path: str | Path, expect_tokenizer: str | None = None) -> Merged
         )
     try:
         tokens = _decode_file(payload, header)
-    except (ValueError, TypeError, LookupError) as error:  # A ShapeError is a ValueError.
+    # A ShapeError is a ValueError; the last two are of numbers beyond all reason.
+    except (ValueError, TypeError, LookupError, MemoryError, OverflowError) as error:
         raise TokenFileError(f"{path}: expected a header that fits the data, got {error!r}: encode again") from error
     if expect_tokenizer is not None and tokens.tokenizer not in (None, expect_tokenizer):
         raise TokenFileError(
@@ -333,10 +334,15 @@ def load_tokens(path: str | Path, expect_tokenizer: str | None = None) -> Merged
 def _decode_file(payload: dict[str, NDArray[np.uint8]], header: dict[str, str]) -> MergedTokens:
     rows, columns = json.loads(header["grid"])
     num_bits, tokenizer = json.loads(header["num_bits"]), json.loads(header["tokenizer"])
-    kept, repeats = np.array(json.loads(header["num_tokens"]), dtype=np.int64).T
-    num_tokens = torch.from_numpy(np.repeat(kept, repeats))
-    if len(num_tokens) != json.loads(header["count"]) or ("source" in payload) != json.loads(header["has_source"]):
+    runs = json.loads(header["num_tokens"])
+    kept, repeats = np.array(runs, dtype=np.int64).T
+    count = sum(repeat for _, repeat in runs)
+    if count != json.loads(header["count"]) or ("source" in payload) != json.loads(header["has_source"]):
         raise ValueError("another number of images or tensors")
+    # Before a few digits become as much memory: every image has a token, and a token has a bit.
+    if count > payload["index"].size or min(repeats) < 0 or not 1 <= min(kept) <= max(kept) <= rows * columns:
+        raise ValueError(f"{count} images of {min(kept)} to {max(kept)} tokens in {payload['index'].size} bytes")
+    num_tokens = torch.from_numpy(np.repeat(kept, repeats))
     counts = num_tokens.numpy()
     index = torch.from_numpy(unpack(payload["index"], counts, np.full_like(counts, num_bits)))
     source = None
