@@ -36,7 +36,7 @@ def eval_reconstruction(
         size: Side in pixels: the short side is resized to it, the middle is cut out.
         limit: Look at so many images only, evenly spread over the data.
         batch_size: Images at a time.
-        examples: Images in the report.
+        examples: Images in the report, at most 64.
         device: auto, cpu, cuda, cuda:1, ...
         seed: Of the two halves of the originals whose distance is given for reference.
         force: Write into a folder that holds files already; files of the same names are replaced.

@@ -23,6 +23,9 @@ from mergevq.metrics.features import FeatureNetwork, feature_network, weights_ch
 from mergevq.metrics.image import WINDOW, psnr, ssim, to_uint8
 from mergevq.tokenizer.model import MergeVQ
 
+MOST_EXAMPLES = 64
+"""Images kept for pictures at most."""
+
 
 def evaluate_reconstruction(
     tok: MergeVQ,
@@ -56,12 +59,13 @@ def evaluate_reconstruction(
         size: side in pixels; None takes the size the tokenizer was trained with.
         limit: look at so many images, evenly spread over the data; None takes all.
         batch_size: images at a time.
-        examples: images kept for pictures, evenly spread.
+        examples: images kept for pictures, evenly spread; at most 64.
         device: where to compute; the tokenizer and the networks are moved there. None leaves the tokenizer where it is.
         seed: of the two halves of the originals that are compared with each other, for reference.
         on_images: called after each batch with its number of images.
 
     Raises:
+        ConfigError: `limit` or `examples` is out of range, or there is no such network.
         ShapeError: a K or the size is impossible for this tokenizer.
         DataError: the images are missing, or none can be read.
         MissingDependencyError: a network needs a package that is not installed.
@@ -76,6 +80,10 @@ def evaluate_reconstruction(
     distance = build_perceptual(perceptual) if isinstance(perceptual, str) else perceptual
     if limit is not None and limit < 1:
         raise ConfigError(f"expected a limit of at least 1 image, got {limit}")
+    if not 0 <= examples <= MOST_EXAMPLES:
+        raise ConfigError(
+            f"expected 0..{MOST_EXAMPLES} examples, as all are held in memory and in the page, got {examples}"
+        )
     total = min(len(images), limit or len(images))
     shown = {i * total // examples for i in range(examples)} if examples else set()
     run = _Pass(

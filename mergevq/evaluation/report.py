@@ -15,6 +15,7 @@ from mergevq.evaluation.result import Example, ReconstructionReport
 from mergevq.evaluation.token_map import contact_sheet, draw_token_map, to_pil
 
 _MAP_SIDE = 256  # Token maps are drawn at least this large, so that their outlines stay thin.
+_EXACT_SIDE = 64  # Photographs up to this side keep every pixel in the page.
 _INK, _FAINT = "#1f4e79", "#8a8f98"
 
 
@@ -151,7 +152,7 @@ def report_picture(
         raise ShapeError("expected a report with examples to draw, got none: evaluate with examples=8")
     counts = _shown_counts(report) if num_tokens is None else list(num_tokens)
     bits = {row.num_tokens: row.bits for row in report.rows}
-    merged = {k for k in counts if k < report.grid[0] * report.grid[1]}  # The map of the others is the patch grid.
+    merged = _merged(counts, report)
     titles = ["original"]
     for k in counts:
         titles += [*([f"token map\nK = {k}"] if k in merged else []), f"K = {k}\n{bits[k]:,.0f} bits"]
@@ -173,11 +174,29 @@ def _shown_counts(report: ReconstructionReport) -> list[int]:
 
 def _pictures(example: Example, report: ReconstructionReport) -> dict[str, Any]:
     scale = max(1, -(-_MAP_SIDE // example.original.shape[-1]))
-    maps = {k: draw_token_map(example.original, at, report.grid, scale=scale) for k, at in example.source_index.items()}
-    return {
-        "original": _png(to_pil(example.original)),
-        "pairs": [(k, _png(to_pil(example.reconstruction[k])), _png(to_pil(maps[k]))) for k in maps],
+    merged = _merged(_shown_counts(report), report)
+    maps = {
+        k: _png(to_pil(draw_token_map(example.original, example.source_index[k], report.grid, scale=scale)))
+        for k in merged
     }
+    return {
+        "original": _photograph(to_pil(example.original)),
+        "pairs": [(k, _photograph(to_pil(drawn)), maps.get(k)) for k, drawn in example.reconstruction.items()],
+    }
+
+
+def _merged(counts: Sequence[int], report: ReconstructionReport) -> set[int]:
+    """The K whose token map is worth drawing; that of the others is the patch grid."""
+    return {k for k in counts if k < report.grid[0] * report.grid[1]}
+
+
+def _photograph(image: Image.Image) -> str:
+    """As WebP, several times smaller than PNG, unless the image is so small that every pixel is seen."""
+    if max(image.size) <= _EXACT_SIDE:
+        return _png(image)
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=90)
+    return _data_uri(buffer.getvalue(), "webp")
 
 
 def _png(image: Image.Image) -> str:

@@ -98,6 +98,14 @@ CASES = {
         "1..64",
     ),
     "eval with no images": ("eval reconstruction photos -o new --model model.safetensors --limit 0", "limit"),
+    "eval with too many examples": (
+        "eval reconstruction photos -o new --model model.safetensors --network none --examples 1000",
+        "0..64 examples",
+    ),
+    "eval with less than no examples": (
+        "eval reconstruction photos -o new --model model.safetensors --network none --examples -1",
+        "0..64 examples",
+    ),
     "output of eval exists": ("eval reconstruction photos -o full --model model.safetensors", "full exists"),
     "convert of nothing": ("convert none.ckpt --config none.yaml -o new.safetensors", "none.ckpt"),
     "output of convert exists": ("convert x.ckpt --config x.yaml -o there.safetensors", "there.safetensors exists"),

@@ -128,7 +128,7 @@ def test_the_demo_trains_round_trips_measures_and_reports(
         tokens = load_tokens(out / f"held_out_{k}.mvq", expect_tokenizer=tok.fingerprint())
         assert tokens.num_tokens.tolist() == [k] * 9, "one image of each class"
         assert f"9 images of {k} tokens in {(out / f'held_out_{k}.mvq').stat().st_size:,} bytes" in page
-    # The plot; for nine images the original, and a reconstruction and a map at three K.
-    assert page.count("<img ") == 1 + 9 * (1 + 2 * 3)
+    # The plot; for nine images the original, three reconstructions, and maps at two K: at 256 nothing was merged.
+    assert page.count("<img ") == 1 + 9 * (1 + 3 + 2)
     with Image.open(out / "report.png") as picture:
         assert picture.width > 6 * 136 and picture.height > 9 * 136

@@ -168,6 +168,9 @@ def test_bad_input_is_refused(tiny_tokenizer: MergeVQ, folder: Path, tmp_path: P
             evaluate_reconstruction(tiny_tokenizer, folder, (k,), network=None)
     with pytest.raises(ConfigError, match="limit of at least 1"):
         evaluate_reconstruction(tiny_tokenizer, folder, (20,), network=None, limit=0)
+    for examples in (-1, 65):
+        with pytest.raises(ConfigError, match=rf"0\.\.64 examples, .*, got {examples}"):
+            evaluate_reconstruction(tiny_tokenizer, folder, (20,), network=None, examples=examples)
     with pytest.raises(ConfigError, match="lite9"):
         evaluate_reconstruction(tiny_tokenizer, folder, (20,), network="lite9")
     with pytest.raises(DataError, match="nothing"):

@@ -62,8 +62,8 @@ class _Page(HTMLParser):
 
 def test_the_page_is_self_contained_and_holds_every_picture() -> None:
     page = _Page(render_html(_report()))
-    # One plot; per example an original, and a reconstruction and a map for each K.
-    assert len(page.links) == 1 + 2 * (1 + 2 * 2)
+    # One plot; per example an original, and a reconstruction for each K, with a map at K = 2 but not at K = 4 = L.
+    assert len(page.links) == 1 + 2 * (1 + 2 + 1)
     assert not {"script", "link", "iframe"} & set(page.tags)
     for link in page.links[1:]:
         kind, data = link.split(",", 1)
@@ -72,6 +72,15 @@ def test_the_page_is_self_contained_and_holds_every_picture() -> None:
             assert image.size in ((8, 8), (256, 256))
     plot = base64.b64decode(page.links[0].split(",", 1)[1]).decode()
     assert "<svg" in plot and "Date" not in plot
+
+
+def test_large_photographs_are_compressed_and_maps_are_not() -> None:
+    pixels = torch.rand(3, 80, 80, generator=torch.Generator().manual_seed(0))
+    source = torch.tensor([0, 0, 1, 2])
+    page = _Page(render_html(_report(examples=(Example(pixels, {4: source, 2: source}, {4: pixels, 2: pixels}),))))
+    assert [link.partition(";")[0] for link in page.links[1:]] == 3 * ["data:image/webp"] + ["data:image/png"]
+    with Image.open(io.BytesIO(base64.b64decode(page.links[1].split(",", 1)[1]))) as image:
+        assert image.size == (80, 80)
 
 
 def test_the_page_shows_the_numbers_and_the_notes() -> None:
