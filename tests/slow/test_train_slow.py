@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,20 +81,37 @@ RUN = TokenizerRun(
 )
 
 
+ENDLESS = replace(RUN, optim=replace(RUN.optim, schedule="constant"), loop=replace(RUN.loop, steps=100_000))
+"""A run that is still going on when it is stopped, however fast the machine is.
+
+It may be given another end later, since its learning rate does not depend on the end.
+"""
+
+
 @pytest.fixture
-def start(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
-    """Starts a training process in `tmp_path / name`."""
+def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts a training process in `tmp_path / name`; what is left of it after the test is killed."""
     (tmp_path / "train.py").write_text(SCRIPT)
     write_json(tmp_path / "run.json", config_to_dict(RUN))
+    started: list[subprocess.Popen[str]] = []
 
     def begin(name: str, *options: str, devices: int = 1) -> subprocess.Popen[str]:
         command = [sys.executable, "train.py", "run.json", str(tmp_path / name), str(devices), *options]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
+        # A session of its own, so that its process group holds it, its readers and its second process only.
+        process = subprocess.Popen(
             command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
         )
+        started.append(process)
+        return process
 
-    return begin
+    yield begin
+    for process in started:
+        with suppress(ProcessLookupError):  # All of the group has ended.
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if process.stderr is not None:
+            process.stderr.close()
 
 
 def state_of(out: Path) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -102,7 +120,8 @@ def state_of(out: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def wait_for_step(out: Path, step: int, process: subprocess.Popen[str]) -> None:
-    for _ in range(1200):
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
         if process.poll() is not None:
             raise AssertionError(process.communicate()[1])
         log = out / "log.jsonl"
@@ -118,38 +137,48 @@ def finish(process: subprocess.Popen[str]) -> str:
     return message
 
 
-def assert_same(a: Path, b: Path) -> None:
+def end_after(out: Path, steps: int) -> int:
+    """Lets the run of `run.json` end so many steps after the last one of `out`, and returns where that is."""
+    end = state_of(out)[0]["step"] + steps
+    write_json(out.parent / "run.json", config_to_dict(replace(ENDLESS, loop=replace(ENDLESS.loop, steps=end))))
+    return end
+
+
+def assert_same(a: Path, b: Path, end: int) -> None:
     (_, first), (record, second) = state_of(a), state_of(b)
-    assert record["step"] == RUN.loop.steps
+    assert record["step"] == end
     assert first.keys() == second.keys()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
     assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
 
 
 def test_a_process_killed_again_and_again_ends_with_the_same_bits(start, tmp_path):
-    finish(start("whole"))
+    write_json(tmp_path / "run.json", config_to_dict(ENDLESS))
     for i, step in enumerate((4, 12, 21)):
         process = start("killed", *(["--resume"] if i else []))
         wait_for_step(tmp_path / "killed", step, process)
         process.send_signal(signal.SIGKILL)
         process.wait()
+    end = end_after(tmp_path / "killed", 6)
     finish(start("killed", "--resume"))
-    assert_same(tmp_path / "whole", tmp_path / "killed")
+    finish(start("whole"))
+    assert_same(tmp_path / "whole", tmp_path / "killed", end)
     steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "log.jsonl").open() if '"train"' in line]
-    assert steps == list(range(1, 37))
+    assert steps == list(range(1, end + 1))
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_process_says_so_and_exits_as_the_shell_expects(start, tmp_path, signum, code):
+    write_json(tmp_path / "run.json", config_to_dict(ENDLESS))
     process = start("run")
     wait_for_step(tmp_path / "run", 6, process)
     process.send_signal(signum)
-    message = process.communicate(timeout=120)[1]
+    message = process.communicate(timeout=180)[1]
     assert process.returncode == code, message
     assert "everything saved: --resume goes on" in message
     assert "Traceback" not in message
     record, _ = state_of(tmp_path / "run")
-    assert 6 <= record["step"] < RUN.loop.steps
+    assert 6 <= record["step"] < ENDLESS.loop.steps
     MergeVQ.from_pretrained(tmp_path / "run")
 
 
@@ -160,31 +189,31 @@ def test_a_signal_reaches_the_readers_of_images_too_and_disturbs_nothing(start, 
     for i in range(24):
         Image.new("RGB", (200, 200), (10 * i, 100, 0)).save(images / f"{i}.png")
     run = replace(
-        RUN,
+        ENDLESS,
         data=DataConfig(train=str(images), val_fraction=0.3, workers=2),
         loss=replace(RUN.loss, weights=replace(RUN.loss.weights, alignment=0.0)),
-        loop=replace(RUN.loop, steps=100_000),
     )
     write_json(tmp_path / "run.json", config_to_dict(run))
     process = start("run")
     wait_for_step(tmp_path / "run", 6, process)
     os.killpg(process.pid, signum)
-    message = process.communicate(timeout=120)[1]
+    message = process.communicate(timeout=180)[1]
     assert process.returncode == code, message
     assert "Traceback" not in message
     assert "everything saved" in message
 
 
 def test_two_processes_start_stop_and_resume(start, tmp_path):
-    finish(start("whole", devices=2))
+    write_json(tmp_path / "run.json", config_to_dict(ENDLESS))
     process = start("stopped", devices=2)
     wait_for_step(tmp_path / "stopped", 6, process)
     process.send_signal(signal.SIGTERM)
-    message = process.communicate(timeout=120)[1]
+    message = process.communicate(timeout=180)[1]
     assert process.returncode == 143, message
-    assert state_of(tmp_path / "stopped")[0]["step"] < RUN.loop.steps
+    end = end_after(tmp_path / "stopped", 6)
     finish(start("stopped", "--resume", devices=2))
-    assert_same(tmp_path / "whole", tmp_path / "stopped")
+    finish(start("whole", devices=2))
+    assert_same(tmp_path / "whole", tmp_path / "stopped", end)
     assert state_of(tmp_path / "whole")[0]["processes"] == 2
 
 
