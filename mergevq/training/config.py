@@ -206,9 +206,9 @@ _AT_LEAST = {
     1: "loop.steps loop.batch_size loop.accumulate loop.val_every loop.save_every loop.log_every loop.val_images "
     "loss.disc_channels loss.disc_layers",
     0: "loop.minutes loop.seed data.workers optim.weight_decay optim.warmup_steps optim.final_lr optim.clip_norm "
-    "loss.disc_start",
+    "loss.disc_start optim.lr optim.disc_lr",
 }
-_POSITIVE = ("optim.lr", "optim.disc_lr", "loss.alignment_temperature")
+_POSITIVE = ("loss.alignment_temperature",)
 _SHARES = ("optim.ema_decay", "loss.lecam_decay", "data.val_fraction")
 
 

@@ -25,7 +25,7 @@ def test_a_loss_of_weight_0_takes_its_module_away() -> None:
         ("data", {"workers": -1}, "data.workers must be at least 0"),
         ("data", {"val_fraction": 1.5}, "0..1"),
         ("optim", {"lr": float("nan")}, "optim.lr must be a finite number"),
-        ("optim", {"lr": -1.0}, "optim.lr must be above 0"),
+        ("optim", {"lr": -1.0}, "optim.lr must be at least 0"),
         ("optim", {"betas": (0.9, 1.0)}, "optim.betas"),
         ("optim", {"schedule": "cosin"}, "did you mean cosine"),
         ("optim", {"ema_decay": 1.5}, "optim.ema_decay"),
