@@ -20,7 +20,8 @@ def throughput(quick: bool = False, device: str = "cpu") -> tuple[str, list[dict
         model = MergeVQ(run.model).eval().to(device)
         for batch in (64,) if gpu else (1, 4):
             images = torch.rand(batch, 3, 256, 256, device=device) * 2 - 1
-            for kept in run.loop.val_num_tokens[:3] if quick else run.loop.val_num_tokens:
+            # All patches, the preset's K, and the smallest that it is validated at.
+            for kept in (run.model.num_patches, run.model.num_tokens, min(run.loop.val_num_tokens)):
                 tokens = model.encode(images, kept)
                 parts = {
                     "encode": lambda m=model, x=images, k=kept: m.encode(x, k),
