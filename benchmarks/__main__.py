@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,23 +32,31 @@ def main() -> None:
     }
     if torch.cuda.is_available():
         benchmarks["throughput_gpu"] = lambda: tokenizer.throughput(args.quick, "cuda")
-    machine, results, text = hardware(), {}, []
+    args.out.mkdir(parents=True, exist_ok=True)
+    kept = args.out / f"{args.name}.json"
+    # Tables that are not asked for now stay, each with the commit and machine it was measured on.
+    tables = json.loads(kept.read_text())["tables"] if kept.exists() and args.only is not None else {}
     for name, benchmark in benchmarks.items():
         if args.only is None or name in args.only:
             print(f"{name} ...", flush=True)
             title, rows, note = benchmark()
-            results[name] = {"title": title, "note": note, "rows": rows}
-            text.append(markdown(title, rows, note))
-            print(text[-1], flush=True)
+            when = f"{datetime.date.today()}, commit {commit()}"
+            tables[name] = {"title": title, "note": note, "rows": rows, "measured": when, "hardware": hardware()}
+            print(_text(tables[name]), flush=True)
+    tables = {name: tables[name] for name in benchmarks if name in tables}
     header = (
-        f"# Benchmarks ({args.name})\n\n`python -m benchmarks`, commit {commit()}, {datetime.date.today()}: "
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
-        f"{', ' + machine['gpu'] if machine['gpu'] else ''}, torch {machine['torch']}. Medians; ratios are medians "
-        "over interleaved repetitions of one run, because absolute times of a shared machine mean little.\n\n"
+        f"# Benchmarks ({args.name})\n\n`python -m benchmarks`. Medians; ratios are medians over interleaved repetitions "
+        "of one run, because absolute times of a shared machine mean little.\n\n"
     )
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{args.name}.md").write_text(header + "\n".join(text))
-    (args.out / f"{args.name}.json").write_text(as_json({"hardware": machine, "commit": commit(), "tables": results}))
+    (args.out / f"{args.name}.md").write_text(header + "\n".join(_text(table) for table in tables.values()))
+    kept.write_text(as_json({"tables": tables}))
+
+
+def _text(table: dict[str, Any]) -> str:
+    machine = table["hardware"]
+    parts = (machine["cpu"], f"{machine['cores']} cores", machine["gpu"], f"torch {machine['torch']}")
+    where = ", ".join(part for part in parts if part)
+    return markdown(table["title"], table["rows"], f"{table['note']} Measured {table['measured']}: {where}.")
 
 
 if __name__ == "__main__":
