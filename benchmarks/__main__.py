@@ -45,8 +45,8 @@ def main() -> None:
             print(_text(tables[name]), flush=True)
     tables = {name: tables[name] for name in benchmarks if name in tables}
     header = (
-        f"# Benchmarks ({args.name})\n\n`python -m benchmarks`. Medians; ratios are medians over interleaved repetitions "
-        "of one run, because absolute times of a shared machine mean little.\n\n"
+        f"# Benchmarks ({args.name})\n\n`python -m benchmarks`. Medians; ratios are medians over interleaved "
+        "repetitions of one run, because absolute times of a shared machine mean little.\n\n"
     )
     (args.out / f"{args.name}.md").write_text(header + "\n".join(_text(table) for table in tables.values()))
     kept.write_text(as_json({"tables": tables}))

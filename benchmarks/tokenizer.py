@@ -21,7 +21,7 @@ def throughput(quick: bool = False, device: str = "cpu") -> tuple[str, list[dict
         for batch in (64,) if gpu else (1, 4):
             images = torch.rand(batch, 3, 256, 256, device=device) * 2 - 1
             # All patches, the preset's K, and the smallest that it is validated at.
-            for kept in (run.model.num_patches, run.model.num_tokens, min(run.loop.val_num_tokens)):
+            for kept in dict.fromkeys((run.model.num_patches, run.model.num_tokens, min(run.loop.val_num_tokens))):
                 tokens = model.encode(images, kept)
                 parts = {
                     "encode": lambda m=model, x=images, k=kept: m.encode(x, k),
