@@ -65,3 +65,11 @@ def test_the_presets_table_is_the_presets() -> None:
         numbers = [config.image_size, config.downsampling, config.num_patches, config.num_tokens, config.num_bits]
         assert cells[:5] == [str(n) for n in numbers]
         assert cells[5] == f"{encoder} + {decoder}"
+
+
+def test_the_speed_tables_are_the_measured_ones() -> None:
+    speed = README.split("## Speed")[1].split("## How it differs")[0]
+    measured = (ROOT / "benchmarks" / "results" / "cpu.md").read_text().splitlines()
+    rows = [line for line in speed.splitlines() if line.startswith("|")]
+    assert len(rows) >= 3 * 3
+    assert set(rows) <= set(measured)
