@@ -11,6 +11,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from mergevq import __version__
+from mergevq.data.embedded import EmbeddedImages
 from mergevq.data.folder import ImageFolder
 from mergevq.data.loader import evaluation_batches
 from mergevq.data.sources import evaluation_images
@@ -110,7 +111,7 @@ def evaluate_reconstruction(
     originals = FeatureSet(run.originals.features) if features is not None and seen >= 2 else None
     reference = None if originals is None or seen < 4 else _reference(originals.features, seed)
     protocol = {
-        "data": str(images.root) if not isinstance(data, str | Path) else str(data),
+        "data": _label(data, images),
         "images": seen,
         "images_unreadable": total - seen,
         "images_available": len(images),
@@ -231,6 +232,13 @@ class _Pass:
             source = {k: at[i].cpu() for k, at in sources.items()}
             pictures = {k: _to_float(pixels[i].cpu()) for k, pixels in drawn.items()}
             self.examples.append(Example(images[i].cpu(), source, pictures))
+
+
+def _label(data: Any, images: ImageFolder) -> str:
+    """Returns what the data is called in results."""
+    if isinstance(data, EmbeddedImages):
+        return "embedded"
+    return str(data) if isinstance(data, str | Path) else str(images.root)
 
 
 def _to_float(pixels: UInt8[Tensor, "*n"]) -> Float[Tensor, "*n"]:

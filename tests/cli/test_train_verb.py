@@ -123,6 +123,7 @@ def test_the_demo_trains_round_trips_measures_and_reports(
     report = json.loads((out / "report.json").read_text())
     assert [row["num_tokens"] for row in report["rows"]] == [256, 196, 144, 100, 64]
     assert report["protocol"]["images"] == 4 and report["protocol"]["tokenizer"] == tok.fingerprint()
+    assert report["protocol"]["data"] == "embedded"
     page = (out / "report.html").read_text()
     for k in (256, 144, 64):
         tokens = load_tokens(out / f"held_out_{k}.mvq", expect_tokenizer=tok.fingerprint())
