@@ -5,8 +5,11 @@ W * B images; process r gets the r-th slice.
 """
 
 import logging
+import multiprocessing
+import multiprocessing.util
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -190,8 +193,13 @@ def _load(dataset: ImageFolder, items: Dataset[_Item], order: Any, workers: int)
     )
     logged: set[str] = set()
     some = False
+    others = set(multiprocessing.active_children())
+    batches: Any = iter(loader)
+    readers = [child for child in multiprocessing.active_children() if child not in others]
+    # Python ends leftover readers by the SIGTERM that they ignore, and then waits for them: end them before it does.
+    at_exit = multiprocessing.util.Finalize(None, _end_at_exit, (readers,), exitpriority=0)
     try:
-        for batch in loader:
+        for batch in batches:
             for name, reason in batch.pop("unreadable"):
                 dataset.unreadable.setdefault(name, reason)
                 if name not in logged and len(logged) < _LOGGED:
@@ -202,6 +210,11 @@ def _load(dataset: ImageFolder, items: Dataset[_Item], order: Any, workers: int)
                 yield batch
     except DataError as error:  # From a worker it comes with the traceback in its text; the last line is ours.
         raise DataError(str(error).strip().splitlines()[-1].removeprefix("mergevq.errors.DataError: ")) from error
+    finally:
+        # The iterator lets its readers go when it is dropped; a traceback may keep it for long.
+        if readers:
+            batches._shutdown_workers()
+        at_exit.cancel()
     if logged and not some:
         raise DataError(f"{dataset.root}: {all_unreadable(len(logged), next(iter(dataset.unreadable.values())))}")
 
@@ -213,3 +226,12 @@ def _ignore_stop_requests(worker: int) -> None:
     """
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
+
+
+def _end_at_exit(readers: Sequence[multiprocessing.process.BaseProcess]) -> None:
+    if threading.current_thread() is threading.main_thread():
+        # torch watches its readers by this signal, to tell of one that died.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for reader in readers:
+        if reader.is_alive():
+            reader.kill()

@@ -1,6 +1,9 @@
 """The order of training: the same whatever the workers, shared out over processes, and continued by a resumed run."""
 
 import itertools
+import subprocess
+import sys
+import time
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -184,6 +187,30 @@ def test_images_that_break_after_opening_are_one_line(tmp_path: Path, workers: i
         with pytest.raises(DataError, match="all 3 tried are broken, first 00") as caught:
             list(batches)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("end", ["raise SystemExit(0)", "next(broken)", "os.kill(os.getpid(), signal.SIGTERM)"])
+def test_readers_do_not_outlive_or_hold_up_their_process(tmp_path: Path, end: str) -> None:
+    """A process ends although an iterator with readers, which ignore SIGTERM, is still there."""
+    folder(tmp_path, 6)
+    script = f"""
+import multiprocessing, os, signal
+from mergevq.data.folder import ImageFolder
+from mergevq.data.loader import evaluation_batches
+batches = evaluation_batches(ImageFolder({str(tmp_path)!r}), 16, batch_size=2, workers=1)
+next(batches)
+print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+broken = iter(())
+{end}
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert "Error" not in done.stderr.replace("StopIteration", "")
+    readers = [int(pid) for pid in done.stdout.split()]
+    assert len(readers) == 1
+    deadline = time.monotonic() + 20  # Readers of a killed process look for it every five seconds.
+    while any(Path(f"/proc/{pid}").exists() for pid in readers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in readers)
 
 
 def test_impossible_arguments_are_told_at_once(data: ImageFolder) -> None:
