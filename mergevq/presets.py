@@ -93,6 +93,24 @@ def tiny() -> TokenizerRun:
     )
 
 
+def _emoji_64() -> TokenizerRun:
+    """The demo's network, trained for about an hour: the weights that come with the package."""
+    run = tiny()
+    return replace(
+        run,
+        optim=replace(run.optim, warmup_steps=100, ema_decay=0.999),
+        loop=replace(
+            run.loop,
+            steps=6_000,
+            minutes=0.0,
+            batch_size=16,
+            val_every=1_000,
+            val_images=299,
+            save_every=500,
+        ),
+    )
+
+
 # ----------------------------------------------------------------------------------------------------------- 256 pixels
 
 
@@ -307,6 +325,7 @@ def _fractions(num_patches: int) -> tuple[int, ...]:
 
 _TOKENIZERS: dict[str, Callable[[], TokenizerRun]] = {
     "tiny": tiny,
+    "emoji_64": _emoji_64,
     "g_64": _g_64,
     "gr_64": _gr_64,
     "r_64": _r_64,

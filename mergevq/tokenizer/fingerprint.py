@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergevq.tokenizer.config import TokenizerConfig, config_to_dict
+from mergevq.configuration import config_to_dict
+from mergevq.tokenizer.config import TokenizerConfig
 
 # Hashing takes a moment at real sizes, and every encode and decode asks. A known hash is used again as long as the
 # weights look unchanged, so a model keeps no state of its own.

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mergevq import __version__
+from mergevq.configuration import config_from_dict, config_to_dict
 from mergevq.errors import CheckpointError, ShapeError, TokenFileError
 from mergevq.files import (
     check_format,
@@ -23,7 +24,7 @@ from mergevq.files import (
 from mergevq.merging import SourceMap, check_num_tokens, merge_schedule, unmerge
 from mergevq.quantize import LFQ, Quantized, codes_to_index, index_to_codes, sign_codes
 from mergevq.tokenizer.alignment import AlignmentHead
-from mergevq.tokenizer.config import TokenizerConfig, config_from_dict, config_to_dict
+from mergevq.tokenizer.config import TokenizerConfig
 from mergevq.tokenizer.decoder import Decoder
 from mergevq.tokenizer.encoder import Encoder, EncoderOutput
 from mergevq.tokenizer.fingerprint import fingerprint

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from mergevq.configuration import check_types, config_to_dict
 from mergevq.errors import ConfigError
-from mergevq.tokenizer.config import TokenizerConfig, check_types, config_to_dict
+from mergevq.tokenizer.config import TokenizerConfig
 
 
 @dataclass(frozen=True)

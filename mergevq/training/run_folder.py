@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from mergevq import __version__
+from mergevq.configuration import config_from_dict, config_to_dict
 from mergevq.errors import CheckpointError, ConfigError, DataError
 from mergevq.files import check_fields, check_format, read_json, refuse_existing, write_json
-from mergevq.tokenizer.config import config_from_dict, config_to_dict
 from mergevq.training.checkpoint import has_state
 from mergevq.training.config import TokenizerRun, flat_config
 

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.slow
 SCRIPT = """
 import json, sys
 import torch
-from mergevq.tokenizer.config import config_from_dict
+from mergevq.configuration import config_from_dict
 from mergevq.training.config import HardwareConfig, TokenizerRun
 from mergevq.training.tokenizer import train_tokenizer
 

@@ -13,11 +13,11 @@ from PIL import Image
 from torch import nn
 
 from mergevq import presets
+from mergevq.configuration import config_to_dict
 from mergevq.data.folder import ImageFolder
 from mergevq.data.loader import evaluation_batches
 from mergevq.errors import CheckpointError, ConfigError, DataError, MissingDependencyError
 from mergevq.metrics.image import psnr
-from mergevq.tokenizer.config import config_to_dict
 from mergevq.tokenizer.model import MergeVQ
 from mergevq.training.config import HardwareConfig, TokenizerRun, flat_config
 from mergevq.training.dry_run import count_parameters, dry_run

@@ -19,7 +19,7 @@ ROWS = (
     "tokenizer generator",
     "layers",
     "tokens",
-    "merging quantize sampling files bitpacking",
+    "merging quantize sampling files bitpacking configuration",
     "errors",
 )
 RANK = {unit: -row for row, units in enumerate(ROWS) for unit in units.split()}
@@ -30,7 +30,7 @@ EXTRAS = {
     "tyro",
 }  # fmt: skip
 # Loaded by every command line, so they must not load torch.
-LIGHT = ("errors", "presets", "tokenizer.config", "training.config", "cli.main")
+LIGHT = ("errors", "presets", "tokenizer.config", "generator.config", "training.config", "cli.main")
 
 PACKAGE = Path(mergevq.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))

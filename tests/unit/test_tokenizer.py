@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mergevq.configuration import config_from_dict, config_to_dict
 from mergevq.errors import CheckpointError, ConfigError, ShapeError, TokenFileError
 from mergevq.files import load_tensors, save_tensors
 from mergevq.merging import SourceMap
@@ -15,8 +16,6 @@ from mergevq.tokenizer.config import (
     MergingConfig,
     RecoveryConfig,
     TokenizerConfig,
-    config_from_dict,
-    config_to_dict,
 )
 from mergevq.tokenizer.model import MergeVQ
 from mergevq.tokens import load_tokens, save_tokens
