@@ -1,5 +1,6 @@
 """MergeVQ, the tokenizer: images to merged tokens and back."""
 
+import copy
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -260,7 +261,9 @@ class MergeVQ(nn.Module):
         """
         return fingerprint(self.config, self.encoder)
 
-    def save_pretrained(self, path: str | Path, *, step: int = 0, force: bool = False) -> Path:
+    def save_pretrained(
+        self, path: str | Path, *, step: int = 0, force: bool = False, dtype: torch.dtype | None = None
+    ) -> Path:
         """Writes weights and configuration to one `.safetensors` file, atomically; a folder gets `model.safetensors`.
         Returns the file.
 
@@ -268,16 +271,19 @@ class MergeVQ(nn.Module):
             path: file ending in .safetensors, or a folder.
             step: optimizer steps the model was trained for, kept in the header.
             force: replace an existing file.
+            dtype: of the weights in the file, such as torch.float16 for half the size; None keeps them as they are.
+                Rounded weights make another tokenizer, with a fingerprint of its own: encode with the one in the file.
 
         Raises:
             OutputExistsError: there is a file already.
-            ShapeError: a weight is not finite.
+            ShapeError: a weight is not finite, or is not in `dtype`.
         """
         path = Path(path)
         if path.suffix != ".safetensors":
             path = path / "model.safetensors"
         refuse_existing(path, force)
-        tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
+        model = self if dtype is None else copy.deepcopy(self).to(dtype)
+        tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
         finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()]).tolist()
         broken = [name for name, good in zip(tensors, finite, strict=True) if not good]
         if broken:
@@ -289,7 +295,7 @@ class MergeVQ(nn.Module):
             "version": __version__,
             "config": json.dumps(config_to_dict(self.config)),
             "step": str(step),
-            "fingerprint": self.fingerprint(),
+            "fingerprint": model.float().fingerprint() if model is not self else self.fingerprint(),
         }
         save_tensors(path, tensors, header)
         return path
@@ -299,7 +305,8 @@ class MergeVQ(nn.Module):
         """Returns the tokenizer in a file, a folder or a Hugging Face hub repository, in evaluation mode.
 
         Args:
-            name: file ending in .safetensors, a folder with `model.safetensors`, or a hub id like `owner/model`.
+            name: file ending in .safetensors, a folder with `model.safetensors`, "emoji_64" for the tokenizer that
+                comes with the package, or a hub id like `owner/model`.
             device: where to put it.
 
         Raises:

@@ -9,7 +9,7 @@ import torch
 
 from mergevq.configuration import config_from_dict, config_to_dict
 from mergevq.errors import CheckpointError, ConfigError, ShapeError, TokenFileError
-from mergevq.files import load_tensors, save_tensors
+from mergevq.files import load_tensors, read_header, save_tensors
 from mergevq.merging import SourceMap
 from mergevq.tokenizer.config import (
     EncoderConfig,
@@ -340,3 +340,20 @@ def test_configurations_survive_json(tiny_config: TokenizerConfig) -> None:
     assert config_from_dict(TokenizerConfig, config_to_dict(tiny_config)) == tiny_config
     with pytest.raises(ConfigError, match="no field colour"):
         config_from_dict(TokenizerConfig, {"colour": 1})
+
+
+def test_half_precision_files_name_the_tokenizer_that_they_hold(tiny_tokenizer: MergeVQ, tmp_path: Path) -> None:
+    full = tiny_tokenizer.save_pretrained(tmp_path / "full.safetensors")
+    half = tiny_tokenizer.save_pretrained(tmp_path / "half.safetensors", dtype=torch.float16)
+    assert half.stat().st_size < 0.6 * full.stat().st_size
+    loaded = MergeVQ.from_pretrained(half)
+    assert read_header(half)["fingerprint"] == loaded.fingerprint() != tiny_tokenizer.fingerprint()
+    for (name, ours), theirs in zip(loaded.state_dict().items(), tiny_tokenizer.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs.half().float()), name
+    assert next(tiny_tokenizer.parameters()).dtype == torch.float32
+    large = MergeVQ(tiny_tokenizer.config)
+    with torch.no_grad():
+        next(large.parameters()).fill_(1e6)
+    with pytest.raises(ShapeError, match="finite"):
+        large.save_pretrained(tmp_path / "overflow.safetensors", dtype=torch.float16)
+    assert not (tmp_path / "overflow.safetensors").exists()
