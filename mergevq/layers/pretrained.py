@@ -98,6 +98,16 @@ class EfficientNetLite(nn.Module):
         return x
 
 
+def lite_classifier(variant: Literal[0, 1] = 0) -> nn.Linear:
+    """EfficientNet-Lite's last layer: what `EfficientNetLite.pooled` returns to logits of the 1,000 ImageNet classes.
+
+    Raises:
+        MissingDependencyError: The packages with the architecture and the weights are not installed.
+    """
+    classifier: nn.Linear = _trained_network(variant)._fc
+    return classifier
+
+
 class _Block(nn.Module):
     """Inverted bottleneck: expand, depth-wise convolution, project; with a skip where the shape allows it."""
 

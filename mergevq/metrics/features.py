@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from mergevq.errors import CheckpointError, ConfigError, MissingDependencyError
-from mergevq.layers.pretrained import EfficientNetLite, Frozen, resize
+from mergevq.layers.pretrained import EfficientNetLite, Frozen, lite_classifier, resize
 
 # The Inception of the FID paper, converted from its TensorFlow weights by torch-fidelity, and the SHA-256 of the file:
 # torch-fidelity unpickles it, so it has to be that very one.
@@ -27,14 +27,19 @@ class FeatureNetwork(nn.Module):
         network: From images [B, 3, H, W] to features [B, D] or [B, D, 1, 1]. It resizes and normalises by itself.
         name: Under which results are reported.
         takes_bytes: Whether the network wants uint8; otherwise float in [-1, 1].
+        classifier: From features [B, D] to logits of classes, for the inception score; None where there is none.
     """
 
-    def __init__(self, network: nn.Module, name: str, takes_bytes: bool = False) -> None:
+    def __init__(
+        self, network: nn.Module, name: str, takes_bytes: bool = False, classifier: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.network = Frozen(network)
         self.name = name
         self.takes_bytes = takes_bytes
         self.checksum = weights_checksum(network)
+        self.classifier = None if classifier is None else Frozen(classifier)
+        self.classifier_checksum = None if classifier is None else weights_checksum(classifier)
 
     @torch.no_grad()
     def forward(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
@@ -44,6 +49,19 @@ class FeatureNetwork(nn.Module):
             out: Tensor = self.network(x)
             return out.float().flatten(1)
 
+    @torch.no_grad()
+    def logits(self, features: Float[Tensor, "B D"]) -> Float[Tensor, "B C"]:
+        """The classifier's answer to features of this network, in float32 whatever the autocast.
+
+        Raises:
+            ConfigError: This network has no classifier.
+        """
+        if self.classifier is None:
+            raise ConfigError(f"expected a feature network with a classifier, {self.name} has none: use lite1")
+        with torch.autocast(features.device.type, enabled=False):
+            out: Tensor = self.classifier(features)
+            return out.float()
+
 
 def feature_network(network: str | nn.Module) -> FeatureNetwork:
     """The feature network of a metric.
@@ -52,7 +70,8 @@ def feature_network(network: str | nn.Module) -> FeatureNetwork:
         network: inception, the one FID and KID are defined on (D = 2048, from torch-fidelity, downloaded once); lite1,
             EfficientNet-Lite1 from its package at 240 pixels (D = 1280, no download), whose distances are named
             FD-lite1 and KD-lite1, never FID; or any network from images in [-1, 1] to features, which resizes and
-            normalises by itself and is reported under its class's name.
+            normalises by itself and is reported under its class's name. The first two have a classifier: Inception's
+            without its bias, as the inception score is computed, and lite1's of the 1,000 ImageNet classes.
 
     Raises:
         MissingDependencyError: A package is not installed.
@@ -64,9 +83,10 @@ def feature_network(network: str | nn.Module) -> FeatureNetwork:
     if isinstance(network, nn.Module):
         return FeatureNetwork(network, type(network).__name__)
     if network == "lite1":
-        return FeatureNetwork(_Resized(EfficientNetLite(1)), "lite1")
+        return FeatureNetwork(_Resized(EfficientNetLite(1)), "lite1", classifier=lite_classifier(1))
     if network == "inception":
-        return FeatureNetwork(_Inception(), "inception", takes_bytes=True)
+        inception = _Inception()
+        return FeatureNetwork(inception, "inception", takes_bytes=True, classifier=inception.classifier())
     raise ConfigError(f"network must be inception, lite1 or a module, got {network!r}")
 
 
@@ -95,6 +115,13 @@ class _Inception(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.network(images)[0]
         return features
+
+    def classifier(self) -> nn.Linear:
+        """The last layer without its bias ("logits_unbiased"), which the inception score is defined on."""
+        weight = self.network.fc.weight.detach()
+        classifier = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        classifier.weight.data.copy_(weight)
+        return classifier
 
 
 def _inception_weights() -> Path:

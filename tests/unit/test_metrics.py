@@ -276,6 +276,9 @@ def test_inception_gives_2048_features_of_bytes(monkeypatch, tmp_path):
     images = to_uint8(random(1, 3, 32, 32))
     expected = network.network.network.network(images)[0]
     assert torch.equal(network(images), expected) and expected.shape == (1, 2048) and expected.std() > 0
+    # The inception score is defined on its logits without bias.
+    network.network.network.network.features_list = ["logits_unbiased"]
+    torch.testing.assert_close(network.logits(expected), network(images))
 
 
 # ---------------------------------------------------------------------------------------------------------- codebook
@@ -309,3 +312,23 @@ def test_codebook_use_refuses_what_is_not_in_the_codebook():
         usage.update(torch.tensor([3, -1]))
     with pytest.raises(ShapeError, match="no tokens were counted"):
         usage.entropy()
+
+
+def test_lite1_classifies_as_the_network_it_was_taken_from():
+    from mergevq.layers.pretrained import _trained_network
+
+    network = feature_network("lite1")
+    images = to_uint8(random(2, 3, 240, 240))
+    with torch.no_grad():
+        expected = _trained_network(1).eval()((images.float() - 127) / 128)
+    torch.testing.assert_close(network.logits(network(images)), expected, rtol=1e-3, atol=1e-3)
+    assert len(network.classifier_checksum) == 64 != network.checksum
+
+
+def test_a_network_without_a_classifier_says_so():
+    network = feature_network(nn.Flatten())
+    assert network.classifier is None and network.classifier_checksum is None
+    with pytest.raises(ConfigError, match="Flatten has none"):
+        network.logits(torch.zeros(1, 4))
+    told = FeatureNetwork(nn.Flatten(), "flat", classifier=nn.Linear(4, 2))
+    assert feature_network(told).logits(torch.zeros(3, 4)).shape == (3, 2)
