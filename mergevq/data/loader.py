@@ -32,7 +32,7 @@ Batch = dict[str, Tensor]
 in training also view_student Float[B, 3, V, V] and view_teacher Float[B, 3, T, T] in [-1, 1] if they were asked for."""
 
 
-class _Draw(NamedTuple):
+class Draw(NamedTuple):
     """One sample of a run."""
 
     number: int
@@ -73,12 +73,9 @@ def training_batches(
         workers: processes that read images; 0 reads in this one, as a data set with cached images always does.
         start_batch: batches that an earlier part of the run has seen.
     """
-    for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0), ("start_batch", start_batch, 0)):
-        if value < least:
-            raise ConfigError(f"{name} must be at least {least}, got {value}")
-    if not 0 <= rank < world_size:
-        raise ConfigError(f"rank must lie in 0..{world_size - 1}, got {rank}")
-    order = _Order(len(dataset), batch_size, seed, rank, world_size, start_batch)
+    if workers < 0:
+        raise ConfigError(f"workers must be at least 0, got {workers}")
+    order = EpochOrder(len(dataset), batch_size, seed, rank, world_size, start_batch)
     return _load(dataset, _Training(dataset, views, seed), order, workers)
 
 
@@ -115,14 +112,31 @@ def evaluation_batches(
     return _load(dataset, _Evaluation(dataset, size), order, workers)
 
 
-class _Order(Sampler[list[_Draw]]):
-    """The samples of each batch of one process, without end."""
+class EpochOrder(Sampler[list[Draw]]):
+    """The samples of each batch of one process, without end.
+
+    Args:
+        num_images: in the data set.
+        batch_size: samples in a batch of one process.
+        seed: of the order.
+        rank: number of this process.
+        world_size: how many processes share each global batch.
+        start: batches that an earlier part of the run has seen.
+
+    Raises:
+        ConfigError: a number is out of its range.
+    """
 
     def __init__(self, num_images: int, batch_size: int, seed: int, rank: int, world_size: int, start: int) -> None:
+        for name, value, least in (("batch_size", batch_size, 1), ("start_batch", start, 0)):
+            if value < least:
+                raise ConfigError(f"{name} must be at least {least}, got {value}")
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank must lie in 0..{world_size - 1}, got {rank}")
         self._num_images, self._batch_size, self._seed = num_images, batch_size, seed
         self._rank, self._world_size, self._start = rank, world_size, start
 
-    def __iter__(self) -> Iterator[list[_Draw]]:
+    def __iter__(self) -> Iterator[list[Draw]]:
         per_epoch = batches_per_epoch(self._num_images, self._batch_size, self._world_size)
         epoch, batch = divmod(self._start, per_epoch)
         while True:
@@ -130,7 +144,7 @@ class _Order(Sampler[list[_Draw]]):
             for number in range(batch, per_epoch):
                 first = (number * self._world_size + self._rank) * self._batch_size
                 positions = range(first, first + self._batch_size)
-                yield [_Draw(order[at % self._num_images], epoch, at) for at in positions]
+                yield [Draw(order[at % self._num_images], epoch, at) for at in positions]
             epoch, batch = epoch + 1, 0
 
 
@@ -148,7 +162,7 @@ class _Training(Dataset[_Item]):
         self._dataset, self._views, self._seed = dataset, views, seed
         self._reported = 0
 
-    def __getitem__(self, draw: _Draw) -> _Item:
+    def __getitem__(self, draw: Draw) -> _Item:
         sample = self._dataset[draw.number]
         crops = training_crops(sample.image, self._views, sample_rng(self._seed, draw.epoch, draw.position))
         fresh = list(self._dataset.unreadable.items())[self._reported :]
