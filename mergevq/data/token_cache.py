@@ -1,0 +1,277 @@
+"""A token cache: a data set encoded once, read in place without decoding an image.
+
+`write_token_cache` (mergevq/data/cache_writer.py) makes it; `token_batches` (mergevq/data/token_batches.py) says in
+which order it is read.
+"""
+
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mergevq.configuration import config_from_dict
+from mergevq.data.cache_format import (
+    MANIFEST,
+    CacheSettings,
+    View,
+    cache_fingerprint,
+    check_size,
+    file_hash,
+    index_name,
+    read_manifest,
+    shard_name,
+    source_name,
+)
+from mergevq.data.token_shards import Arrays, map_shard
+from mergevq.errors import ConfigError, TokenFileError
+from mergevq.merging import SourceMap
+from mergevq.tokens import MergedTokens
+
+TokenBatch = dict[str, Tensor]
+"""int64. index Int[B, Kmax] of the kept tokens, padded with 0; source Int[B, L], the kept token of each patch;
+num_tokens Int[B]; label Int[B], -1 without classes; number Int[B] of each image in its data set. The index of every
+patch in raster order is `index.gather(1, source)`."""
+
+_OPEN_SHARDS = 64  # A mapped file holds a file descriptor, of which a process may have few.
+
+
+class TokenCache:
+    """A finished token cache, memory-mapped: a batch reads its own rows and nothing else.
+
+    Rows are the readable images in the order of the data set, 0 .. len - 1; `numbers` says which image each is.
+
+    Args:
+        folder: where `mergevq cache-tokens` wrote it.
+        expect_tokenizer: fingerprint of the tokenizer the tokens are for.
+
+    Raises:
+        TokenFileError: there is no finished cache, a part of it is missing, truncated or not its own, or another
+            tokenizer made it.
+    """
+
+    def __init__(self, folder: str | Path, expect_tokenizer: str | None = None) -> None:
+        self.folder = Path(folder)
+        manifest = read_manifest(self.folder)
+        try:
+            self.settings = config_from_dict(CacheSettings, manifest["settings"])
+            shards = [(str(s["file"]), int(s["images"]), int(s["bytes"]), str(s["sha256"])) for s in manifest["shards"]]
+            self.unreadable: dict[str, str] = dict(manifest["unreadable"])
+        except (ValueError, TypeError, LookupError) as error:
+            raise TokenFileError(f"{self.folder / MANIFEST}: {error}: encode the images again") from error
+        if expect_tokenizer is not None and self.tokenizer != expect_tokenizer:
+            raise TokenFileError(
+                f"{self.folder}: expected tokens of tokenizer {expect_tokenizer[:12]}, got those of "
+                f"{self.tokenizer[:12]}: use the model that made them, or encode the images again"
+            )
+        self._files = [self.folder / file for file, _, _, _ in shards]
+        self._hashes = [sha for _, _, _, sha in shards]
+        self._ends = list(accumulate(images for _, images, _, _ in shards))
+        self._maps: OrderedDict[int, Arrays] = OrderedDict()
+        named = [file for file, _, _, _ in shards]
+        if named != [shard_name(s) for s in range(self.settings.num_shards)] or self._ends[-1] < 1:
+            raise TokenFileError(
+                f"{self.folder / MANIFEST}: expected {self.settings.num_shards} shards with at least one image, got "
+                f"{len(shards)}: encode the images again"
+            )
+        for path, (_, _, size, _) in zip(self._files, shards, strict=True):
+            check_size(path, size)
+        columns = [(self._map(s)["label"], self._map(s)["number"]) for s in range(len(shards))]
+        self.labels: Int[Tensor, " n"] = _joined([label for label, _ in columns])
+        """Class of each row, -1 without classes."""
+        self.numbers: Int[Tensor, " n"] = _joined([number for _, number in columns])
+        """Number of each row's image in its data set."""
+        if int(self.labels.min()) < -1 or int(self.labels.max()) >= self.num_classes:
+            raise TokenFileError(
+                f"{self.folder}: expected labels -1..{self.num_classes - 1}, got others: encode the images again"
+            )
+        self.fingerprint: str = cache_fingerprint(manifest)
+        """SHA-256 of the settings and of all tokens."""
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @property
+    def num_images(self) -> int:
+        """Readable images, each encoded at every K in every view."""
+        return len(self)
+
+    @property
+    def tokenizer(self) -> str:
+        """Fingerprint of the tokenizer."""
+        return self.settings.tokenizer
+
+    @property
+    def data(self) -> str:
+        """Fingerprint of the images, by their names, labels and sizes."""
+        return self.settings.data
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of what was encoded."""
+        return self.settings.image_size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the patch grid."""
+        return self.settings.grid
+
+    @property
+    def num_bits(self) -> int:
+        """Bits of a codebook index."""
+        return self.settings.num_bits
+
+    @property
+    def num_tokens(self) -> tuple[int, ...]:
+        """Every K there is."""
+        return self.settings.num_tokens
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """Every view there is."""
+        return self.settings.views
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One for each label, or empty."""
+        return self.settings.class_names
+
+    @property
+    def num_classes(self) -> int:
+        """Labels lie in -1 .. num_classes - 1."""
+        return self.settings.num_classes
+
+    def batch(
+        self,
+        rows: Sequence[int],
+        num_tokens: int | Sequence[int],
+        view: View | Sequence[View] = "crop",
+        width: int | None = None,
+    ) -> TokenBatch:
+        """Returns some rows, copied to the CPU.
+
+        Args:
+            rows: 0 .. len - 1, in any order, also repeated.
+            num_tokens: K, for all or one a row.
+            view: for all or one a row.
+            width: of `index`; the largest K asked for by default.
+
+        Raises:
+            ConfigError: the cache does not hold such a row, K or view, or the width is too small.
+            TokenFileError: what was read cannot be tokens of this tokenizer.
+        """
+        counts = [num_tokens] * len(rows) if isinstance(num_tokens, int) else list(num_tokens)
+        views = [view] * len(rows) if isinstance(view, str) else list(view)
+        if not rows or not len(rows) == len(counts) == len(views):
+            raise ConfigError(
+                f"expected at least one row, and one K and view for each, got {len(rows)}, {len(counts)}, {len(views)}"
+            )
+        if min(rows) < 0 or max(rows) >= len(self):
+            raise ConfigError(f"expected rows 0..{len(self) - 1}, got {min(rows)}..{max(rows)}")
+        self.check_holds(counts, views, width)
+        index = np.zeros((len(rows), width or max(counts)), dtype=np.int64)
+        source = np.zeros((len(rows), self.settings.num_patches), dtype=np.int64)
+        # Rows that lie in one array are copied at once.
+        places: dict[tuple[int, View, int], list[int]] = {}
+        for at, (row, k, seen) in enumerate(zip(rows, counts, views, strict=True)):
+            places.setdefault((bisect_right(self._ends, row), seen, k), []).append(at)
+        for (shard, seen, k), found in sorted(places.items()):
+            first = self._ends[shard - 1] if shard else 0
+            inside = [rows[i] - first for i in found]
+            arrays = self._map(shard)
+            index[found, :k] = arrays[index_name(seen, k)][inside]
+            source[found] = arrays[source_name(seen, k)][inside]
+            if index[found].max() >= 2**self.num_bits or source[found].max() >= k:
+                raise TokenFileError(
+                    f"{self._files[shard]}: expected indices below {2**self.num_bits} and sources below {k}, got "
+                    "others: the file is damaged, encode the images again"
+                )
+        chosen = torch.tensor(rows)
+        return {
+            "index": torch.from_numpy(index),
+            "source": torch.from_numpy(source),
+            "num_tokens": torch.tensor(counts),
+            "label": self.labels[chosen],
+            "number": self.numbers[chosen],
+        }
+
+    def tokens(
+        self, rows: Sequence[int], num_tokens: int | Sequence[int], view: View | Sequence[View] = "crop"
+    ) -> MergedTokens:
+        """Returns some rows as the tokenizer's `encode` returned them, ready for its `decode`.
+
+        Raises:
+            ConfigError: the cache does not hold such a row, K or view.
+            TokenFileError: what was read cannot be tokens of this tokenizer.
+        """
+        batch = self.batch(rows, num_tokens, view)
+        source = SourceMap(batch["source"], batch["num_tokens"])
+        return MergedTokens(
+            batch["index"], source, self.grid, self.num_bits, self.tokenizer, num_tokens=batch["num_tokens"]
+        )
+
+    def check_holds(self, num_tokens: Sequence[int], views: Sequence[View], width: int | None = None) -> None:
+        """Checks that the images were encoded at every such K and in every such view.
+
+        Args:
+            num_tokens: every K wanted.
+            views: every view wanted.
+            width: of `index`, which has room for the largest K.
+
+        Raises:
+            ConfigError: they were not, or the width is too small.
+        """
+        for name, wanted, held in (("num_tokens", set(num_tokens), self.num_tokens), ("views", set(views), self.views)):
+            if not wanted <= set(held):
+                missing, known = (", ".join(map(str, sorted(some))) for some in (wanted - set(held), held))
+                raise ConfigError(
+                    f"{self.folder}: expected {name} among {known}, got {missing}: choose others, or encode the images "
+                    "again"
+                )
+        if width is not None and width < max(num_tokens):
+            raise ConfigError(f"expected a width of at least {max(num_tokens)}, the largest K, got {width}")
+
+    def verify(self) -> None:
+        """Reads every shard whole and compares its SHA-256 with the manifest's.
+
+        Raises:
+            TokenFileError: a file is not the one that was written.
+        """
+        for path, expected in zip(self._files, self._hashes, strict=True):
+            if file_hash(path) != expected:
+                raise TokenFileError(
+                    f"{path}: expected the shard that was written, the checksum differs: encode the images again"
+                )
+
+    def _map(self, shard: int) -> Arrays:
+        if shard in self._maps:
+            self._maps.move_to_end(shard)
+            return self._maps[shard]
+        path, images = self._files[shard], self._ends[shard] - (self._ends[shard - 1] if shard else 0)
+        arrays = map_shard(path)
+        found = {name: (array.dtype, array.shape) for name, array in arrays.items()}
+        expected = self.settings.layout(images)
+        if found != expected:
+            wrong = sorted({*found, *expected} - {name for name in found if found[name] == expected.get(name)})
+            raise TokenFileError(
+                f"{path}: expected the arrays of {images} images that {MANIFEST} describes, got others "
+                f"({', '.join(wrong[:3])}): encode the images again"
+            )
+        self._maps[shard] = arrays
+        if len(self._maps) > _OPEN_SHARDS:
+            self._maps.popitem(last=False)
+        return arrays
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": OrderedDict()}  # Mappings do not travel to another process.
+
+
+def _joined(columns: Sequence[NDArray[Any]]) -> Int[Tensor, " n"]:
+    return torch.from_numpy(np.concatenate(columns).astype(np.int64))
