@@ -15,6 +15,7 @@ def eval_reconstruction(
     num_tokens: Counts = (),
     network: Literal["lite1", "inception", "none"] = "lite1",
     perceptual: Literal["lite0", "lpips", "none"] = "lite0",
+    predict_source: bool = False,
     size: Size = None,
     limit: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: all)")] = None,
     batch_size: int = 16,
@@ -33,6 +34,7 @@ def eval_reconstruction(
         network: Features for the distance between originals and reconstructions. inception gives rFID and is
             downloaded; lite1 gives another number, from a package.
         perceptual: Network of the perceptual distance; lpips is downloaded.
+        predict_source: Also decode without the source maps, with those that the model's recovery predicts.
         size: Side in pixels: the short side is resized to it, the middle is cut out.
         limit: Look at so many images only, evenly spread over the data.
         batch_size: Images at a time.
@@ -63,6 +65,7 @@ def eval_reconstruction(
             counts,
             network=None if network == "none" else network,
             perceptual=None if perceptual == "none" else perceptual,
+            predict_source=predict_source,
             size=side,
             limit=limit,
             batch_size=batch_size,

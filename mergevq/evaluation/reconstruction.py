@@ -15,10 +15,10 @@ from mergevq.data.embedded import EmbeddedImages
 from mergevq.data.folder import ImageFolder
 from mergevq.data.loader import evaluation_batches
 from mergevq.data.sources import evaluation_images
-from mergevq.errors import ConfigError
-from mergevq.evaluation.result import Example, ReconstructionReport, ReconstructionRow, Reference, Spread
+from mergevq.errors import CheckpointError, ConfigError
+from mergevq.evaluation.result import Example, ReconstructionReport, Reference
+from mergevq.evaluation.tally import Quality, Tally
 from mergevq.losses.perceptual import build_perceptual
-from mergevq.metrics.codebook import CodebookUsage
 from mergevq.metrics.distribution import FeatureSet, FeatureStore, frechet_distance, kernel_distance
 from mergevq.metrics.features import FeatureNetwork, feature_network, weights_checksum
 from mergevq.metrics.image import WINDOW, psnr, ssim, to_uint8
@@ -35,6 +35,7 @@ def evaluate_reconstruction(
     *,
     network: str | nn.Module | None = "lite1",
     perceptual: str | nn.Module | None = None,
+    predict_source: bool = False,
     size: int | None = None,
     limit: int | None = None,
     batch_size: int = 16,
@@ -57,6 +58,8 @@ def evaluate_reconstruction(
             weights are downloaded once), "lite1" (from a package; another number, under another name), any module from
             images in [-1, 1] to features [B, D], or None.
         perceptual: "lite0", "lpips" (downloaded once), a module called with (reconstruction, image), or None.
+        predict_source: also decode with the source map that recovery predicts from the tokens (at K = L, where nothing
+            was merged, with the identity).
         size: side in pixels; None takes the size the tokenizer was trained with.
         limit: look at so many images, evenly spread over the data; None takes all.
         batch_size: images at a time.
@@ -70,7 +73,8 @@ def evaluate_reconstruction(
         ShapeError: a K or the size is impossible for this tokenizer.
         DataError: the images are missing, or none can be read.
         MissingDependencyError: a network needs a package that is not installed.
-        CheckpointError: a network's weights are not here and cannot be downloaded.
+        CheckpointError: a network's weights are not here and cannot be downloaded; or a source is to be predicted, and
+            the tokenizer has no recovery.
     """
     images = evaluation_images(data)
     wanted = (num_tokens,) if isinstance(num_tokens, int) else num_tokens or (tok.config.num_tokens,)
@@ -85,11 +89,16 @@ def evaluate_reconstruction(
         raise ConfigError(
             f"expected 0..{MOST_EXAMPLES} examples, as all are held in memory and in the page, got {examples}"
         )
+    if predict_source and tok.recovery is None:
+        raise CheckpointError(
+            "expected a tokenizer with a recovery model to predict source maps, this one has none: train one with "
+            "`mergevq train recovery`"
+        )
     total = min(len(images), limit or len(images))
     shown = {i * total // examples for i in range(examples)} if examples else set()
     run = _Pass(
         tok.to(place),
-        {k: _Tally(k, tok.config.num_bits) for k in counts},
+        {k: Tally(k, tok.config.num_bits, predict_source) for k in counts},
         features,
         None if distance is None else distance.to(place).eval(),
         [],
@@ -122,6 +131,7 @@ def evaluate_reconstruction(
         "network": None if features is None else {"name": features.name, "sha256": features.checksum},
         "perceptual": None if distance is None else _identity(perceptual, distance),
         "tokenizer": tok.fingerprint(),
+        "recovery": weights_checksum(tok.recovery) if predict_source and tok.recovery is not None else None,
         "num_patches": run.grid[0] * run.grid[1],
         "num_bits": tok.config.num_bits,
         "precision": "float32",
@@ -140,54 +150,13 @@ def evaluate_reconstruction(
     )
 
 
-class _Tally:
-    """What is gathered at one K."""
-
-    def __init__(self, num_tokens: int, num_bits: int) -> None:
-        self.num_tokens = num_tokens
-        self.codebook = CodebookUsage(num_bits)
-        self.features = FeatureStore()
-        self.values: dict[str, list[Tensor]] = {}
-        """Per image, one tensor a batch."""
-        self.seconds: list[tuple[int, float, float]] = []
-        """Images, encoding and decoding time of each batch."""
-
-    def add(self, **values: Tensor) -> None:
-        for name, value in values.items():
-            self.values.setdefault(name, []).append(value.detach().cpu().double())
-
-    def row(self, originals: FeatureSet | None) -> ReconstructionRow:
-        values = {name: torch.cat(parts) for name, parts in self.values.items()}
-        means = {name: float(value.mean()) for name, value in values.items()}
-        # The first batch pays for memory and kernels that later ones reuse.
-        timed = self.seconds[1:] or self.seconds
-        images = sum(count for count, _, _ in timed)
-        mine = None if originals is None else FeatureSet(self.features.features)
-        return ReconstructionRow(
-            num_tokens=self.num_tokens,
-            bits_index=means["bits_index"],
-            bits_source=means["bits_source"],
-            psnr=_spread(values["psnr"]),
-            ssim=_spread(values["ssim"]) if "ssim" in values else None,
-            perceptual=means.get("perceptual"),
-            frechet=None if originals is None or mine is None else frechet_distance(originals, mine),
-            kernel=None if originals is None or mine is None else kernel_distance(originals, mine, paired=True),
-            distinct_tokens=means["distinct"],
-            codebook_used=self.codebook.distinct,
-            codebook_size=2**self.codebook.num_bits,
-            bit_balance=tuple(self.codebook.bit_balance().tolist()),
-            encode_per_second=images / sum(encode for _, encode, _ in timed),
-            decode_per_second=images / sum(decode for _, _, decode in timed),
-        )
-
-
 class _Pass:
     """The pass over the images."""
 
     def __init__(
         self,
         tok: MergeVQ,
-        tallies: dict[int, _Tally],
+        tallies: dict[int, Tally],
         network: FeatureNetwork | None,
         perceptual: nn.Module | None,
         examples: list[Example],
@@ -202,8 +171,7 @@ class _Pass:
         originals = to_uint8(images)
         if self.network is not None:
             self.originals.update(self.network(originals))
-        sources: dict[int, Tensor] = {}
-        drawn: dict[int, Tensor] = {}
+        shown = [Example(images[i].cpu(), {}, {}) for i in picked]
         for k, tally in self.tallies.items():
             start = _now(images.device)
             tokens = self.tok.encode(images, k)
@@ -211,27 +179,48 @@ class _Pass:
             decoded = self.tok.decode(tokens)
             tally.seconds.append((len(images), middle - start, _now(images.device) - middle))
             assert tokens.source is not None
-            self.grid, sources[k], drawn[k] = tokens.grid, tokens.source.index, to_uint8(decoded)
+            self.grid = tokens.grid
+            drawn = self._compare(tally.known, to_uint8(decoded), originals, images)
             bits, index = tokens.bits_per_image(), tokens.index.sort(dim=1).values
             tally.codebook.update(tokens.index)
-            tally.add(
-                psnr=psnr(drawn[k], originals),
+            tally.known.add(
                 bits_index=bits.index,
                 bits_source=bits.source,
                 distinct=(index[:, 1:] != index[:, :-1]).sum(1) + 1,
             )
-            if min(images.shape[-2:]) >= WINDOW:
-                tally.add(ssim=ssim(drawn[k], originals))
-            if self.perceptual is not None:
-                # A mean over the batch, so that the mean over all images comes out right with one entry an image.
-                mean: Tensor = self.perceptual(_to_float(drawn[k]), images)
-                tally.add(perceptual=mean.reshape(1).expand(len(images)))
-            if self.network is not None:
-                tally.features.update(self.network(drawn[k]))
-        for i in picked:
-            source = {k: at[i].cpu() for k, at in sources.items()}
-            pictures = {k: _to_float(pixels[i].cpu()) for k, pixels in drawn.items()}
-            self.examples.append(Example(images[i].cpu(), source, pictures))
+            for example, i in zip(shown, picked, strict=True):
+                example.source_index[k] = tokens.source.index[i].cpu()
+                example.reconstruction[k] = _to_float(drawn[i].cpu())
+            if tally.predicted is not None:
+                guess = self.tok.recover(tokens.without_source())
+                assert guess.source is not None
+                # Tokens of equal index are the same vector to the decoder.
+                tally.predicted.add(accuracy=(guess.full_index() == tokens.full_index()).double().mean(1))
+                drawn = self._compare(tally.predicted, to_uint8(self.tok.decode(guess)), originals, images)
+                # Without merging there is nothing to see: the map is the identity.
+                for example, i in zip(shown, picked if k < tokens.num_patches else (), strict=False):
+                    example.predicted_index[k] = guess.source.index[i].cpu()
+                    example.predicted[k] = _to_float(drawn[i].cpu())
+        self.examples += shown
+
+    def _compare(
+        self,
+        quality: Quality,
+        drawn: UInt8[Tensor, "B 3 H W"],
+        originals: UInt8[Tensor, "B 3 H W"],
+        images: Float[Tensor, "B 3 H W"],
+    ) -> UInt8[Tensor, "B 3 H W"]:
+        """Adds what `drawn` is worth to `quality`, and returns it."""
+        quality.add(psnr=psnr(drawn, originals))
+        if min(images.shape[-2:]) >= WINDOW:
+            quality.add(ssim=ssim(drawn, originals))
+        if self.perceptual is not None:
+            # A mean over the batch, so that the mean over all images comes out right with one entry an image.
+            mean: Tensor = self.perceptual(_to_float(drawn), images)
+            quality.add(perceptual=mean.reshape(1).expand(len(images)))
+        if self.network is not None:
+            quality.features.update(self.network(drawn))
+        return drawn
 
 
 def _label(data: Any, images: ImageFolder) -> str:
@@ -243,10 +232,6 @@ def _label(data: Any, images: ImageFolder) -> str:
 
 def _to_float(pixels: UInt8[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     return pixels.float() / 127.5 - 1
-
-
-def _spread(values: Tensor) -> Spread:
-    return Spread(float(values.mean()), float(values.std(correction=0)))
 
 
 def _reference(originals: Float[Tensor, "n D"], seed: int) -> Reference:

@@ -4,19 +4,21 @@ import base64
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 
+from jaxtyping import Float, Int
 from PIL import Image
+from torch import Tensor
 
 from mergevq.errors import MissingDependencyError, ShapeError
-from mergevq.evaluation.result import Example, ReconstructionReport
+from mergevq.evaluation.result import Example, PredictedSource, ReconstructionReport, ReconstructionRow
 from mergevq.evaluation.token_map import contact_sheet, draw_token_map, to_pil
 
 _MAP_SIDE = 256  # Token maps are drawn at least this large, so that their outlines stay thin.
 _EXACT_SIDE = 64  # Photographs up to this side keep every pixel in the page.
-_INK, _FAINT = "#1f4e79", "#8a8f98"
+_INK, _OTHER, _FAINT = "#1f4e79", "#c8702a", "#8a8f98"
 
 
 def check_packages() -> None:
@@ -68,7 +70,7 @@ def render_html(
         lines=lines,
         notes=report.notes,
         plot=_data_uri(rate_distortion_plot(report), "svg+xml"),
-        counts=_shown_counts(report),
+        columns=[view.title for view in _views(report.examples[0])] if report.examples else [],
         examples=[_pictures(example, report) for example in report.examples],
         protocol={name: _readable(value) for name, value in report.protocol.items()},
         json=json.dumps(report.to_json(), indent=1),
@@ -85,46 +87,46 @@ def rate_distortion_plot(report: ReconstructionReport) -> bytes:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    perceptual = f"perceptual distance ({report.perceptual_name()})"
-    measured: list[tuple[str, list[float | None], float | None]] = [
-        ("PSNR in dB", [row.psnr.mean for row in report.rows], None),
-        ("SSIM", [None if row.ssim is None else row.ssim.mean for row in report.rows], None),
-        (perceptual, [row.perceptual for row in report.rows], None),
-        (
-            report.distance_names()[0],
-            [row.frechet for row in report.rows],
-            None if report.reference is None else report.reference.frechet,
-        ),
-    ]
-    curves: list[tuple[str, list[float], float | None]] = []
-    for name, column, reference in measured:
-        values = [value for value in column if value is not None and math.isfinite(value)]
-        if len(values) == len(column):
-            curves.append((name, values, reference))
+    charts = _charts(report)
     # A salt of our own and no date: the same numbers give the same bytes.
     with rc_context({"svg.hashsalt": "mergevq", "font.size": 9, "axes.edgecolor": _FAINT, "axes.linewidth": 0.8}):
-        figure = Figure(figsize=(3.4 * len(curves), 2.9), layout="constrained")
-        for axes, (name, values, reference) in zip(
-            figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True
-        ):
-            bits = [row.bits for row in report.rows]
-            axes.plot(bits, values, "o-", color=_INK, markersize=4, linewidth=1.4)
-            falling = values[0] < values[-1]  # The rows begin with the largest K.
-            for x, y, row in zip(bits, values, report.rows, strict=True):
-                offset = (4, 4) if falling else (4, -10)
-                axes.annotate(
-                    f"K {row.num_tokens}", (x, y), offset, textcoords="offset points", fontsize=7, color=_FAINT
+        figure = Figure(figsize=(3.4 * len(charts), 2.9), layout="constrained")
+        for axes, chart in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
+            for label, colour, curve in (
+                ("source predicted", _OTHER, chart.predicted),
+                ("source known", _INK, chart.known),
+            ):
+                axes.plot(
+                    [p.bits for p in curve],
+                    [p.value for p in curve],
+                    "o-",
+                    color=colour,
+                    markersize=4,
+                    linewidth=1.4,
+                    label=label,
                 )
-            if reference is not None:
-                axes.axhline(reference, color=_FAINT, linestyle="--", linewidth=0.8)
+                for point in curve:
+                    axes.annotate(
+                        f"K {point.num_tokens}",
+                        (point.bits, point.value),
+                        # The curves begin with the largest K.
+                        (4, 4) if curve[0].value < curve[-1].value else (4, -10),
+                        textcoords="offset points",
+                        fontsize=7,
+                        color=_FAINT,
+                    )
+            if chart.predicted:
+                axes.legend(fontsize=7, frameon=False)
+            if chart.reference is not None:
+                axes.axhline(chart.reference, color=_FAINT, linestyle="--", linewidth=0.8)
                 axes.annotate(
                     "two halves of the originals",
-                    (min(bits), reference),
+                    (min(p.bits for p in (*chart.known, *chart.predicted)), chart.reference),
                     (0, 3),
                     textcoords="offset points",
                     fontsize=7,
                 )
-            axes.set_title(name, fontsize=9)
+            axes.set_title(chart.name, fontsize=9)
             axes.set_xlabel("bits per image")
             axes.margins(x=0.15, y=0.2)
             axes.grid(alpha=0.25)
@@ -132,6 +134,41 @@ def rate_distortion_plot(report: ReconstructionReport) -> bytes:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
+
+
+class _Point(NamedTuple):
+    num_tokens: int
+    bits: float
+    value: float
+
+
+class _Chart(NamedTuple):
+    """One quantity against bits per image, with and without the source map."""
+
+    name: str
+    known: list[_Point]
+    predicted: list[_Point]
+    reference: float | None
+
+
+def _charts(report: ReconstructionReport) -> list[_Chart]:
+    """What was measured at every K and is finite."""
+    reference = None if report.reference is None else report.reference.frechet
+    quantities: list[tuple[str, Callable[[ReconstructionRow | PredictedSource], float | None], float | None]] = [
+        ("PSNR in dB", lambda it: it.psnr.mean, None),
+        ("SSIM", lambda it: None if it.ssim is None else it.ssim.mean, None),
+        (f"perceptual distance ({report.perceptual_name()})", lambda it: it.perceptual, None),
+        (report.distance_names()[0], lambda it: it.frechet, reference),
+    ]
+    charts = []
+    for name, value, limit in quantities:
+        known = [(row.num_tokens, row.bits, value(row)) for row in report.rows]
+        predicted = [(r.num_tokens, r.bits_index, value(r.predicted)) for r in report.rows if r.predicted is not None]
+        curves = [[_Point(k, bits, y) for k, bits, y in curve if y is not None] for curve in (known, predicted)]
+        kept = [[point for point in curve if math.isfinite(point.value)] for curve in curves]
+        if len(kept[0]) == len(report.rows):
+            charts.append(_Chart(name, kept[0], kept[1], limit))
+    return charts
 
 
 def report_picture(
@@ -150,44 +187,62 @@ def report_picture(
     """
     if not report.examples:
         raise ShapeError("expected a report with examples to draw, got none: evaluate with examples=8")
-    counts = _shown_counts(report) if num_tokens is None else list(num_tokens)
-    bits = {row.num_tokens: row.bits for row in report.rows}
-    merged = _merged(counts, report)
+    rates = {row.num_tokens: (row.bits, row.bits_index) for row in report.rows}
+
     titles = ["original"]
-    for k in counts:
-        titles += [*([f"token map\nK = {k}"] if k in merged else []), f"K = {k}\n{bits[k]:,.0f} bits"]
+    for view in _views(report.examples[0], num_tokens):
+        kind = "\nsource predicted" if view.predicted else ""
+        if _is_merged(view, report):
+            titles.append(f"token map{kind}\nK = {view.num_tokens}")
+        titles.append(f"K = {view.num_tokens}{kind}\n{rates[view.num_tokens][view.predicted]:,.0f} bits")
     sheet = []
     for example in report.examples[:rows]:
         scale = max(1, -(-cell // example.original.shape[-1]))
         row = [example.original]
-        for k in counts:
-            if k in merged:
-                row.append(draw_token_map(example.original, example.source_index[k], report.grid, scale=scale))
-            row.append(example.reconstruction[k])
+        for view in _views(example, num_tokens):
+            if _is_merged(view, report):
+                row.append(draw_token_map(example.original, view.source_index, report.grid, scale=scale))
+            row.append(view.drawn)
         sheet.append(row)
     return contact_sheet(sheet, titles, cell=cell)
 
 
-def _shown_counts(report: ReconstructionReport) -> list[int]:
-    return list(report.examples[0].source_index) if report.examples else []
+class _View(NamedTuple):
+    """What came back in one way, and which patches were one token."""
+
+    num_tokens: int
+    predicted: bool
+    source_index: Int[Tensor, " L"]
+    drawn: Float[Tensor, "3 H W"]
+
+    @property
+    def title(self) -> str:
+        return f"K = {self.num_tokens}{', source predicted' if self.predicted else ''}"
+
+
+def _views(example: Example, num_tokens: Sequence[int] | None = None) -> list[_View]:
+    views = []
+    for k in example.reconstruction if num_tokens is None else num_tokens:
+        views.append(_View(k, False, example.source_index[k], example.reconstruction[k]))
+        if k in example.predicted:
+            views.append(_View(k, True, example.predicted_index[k], example.predicted[k]))
+    return views
 
 
 def _pictures(example: Example, report: ReconstructionReport) -> dict[str, Any]:
     scale = max(1, -(-_MAP_SIDE // example.original.shape[-1]))
-    merged = _merged(_shown_counts(report), report)
-    maps = {
-        k: _png(to_pil(draw_token_map(example.original, example.source_index[k], report.grid, scale=scale)))
-        for k in merged
-    }
-    return {
-        "original": _photograph(to_pil(example.original)),
-        "pairs": [(k, _photograph(to_pil(drawn)), maps.get(k)) for k, drawn in example.reconstruction.items()],
-    }
+    views = []
+    for view in _views(example):
+        tokens = None
+        if _is_merged(view, report):
+            tokens = _png(to_pil(draw_token_map(example.original, view.source_index, report.grid, scale=scale)))
+        views.append((view.title, _photograph(to_pil(view.drawn)), tokens))
+    return {"original": _photograph(to_pil(example.original)), "views": views}
 
 
-def _merged(counts: Sequence[int], report: ReconstructionReport) -> set[int]:
-    """The K whose token map is worth drawing; that of the others is the patch grid."""
-    return {k for k in counts if k < report.grid[0] * report.grid[1]}
+def _is_merged(view: _View, report: ReconstructionReport) -> bool:
+    """Whether the token map is worth drawing; without merging it is the patch grid."""
+    return view.num_tokens < report.grid[0] * report.grid[1]
 
 
 def _photograph(image: Image.Image) -> str:

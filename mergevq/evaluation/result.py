@@ -1,8 +1,8 @@
 """The result of measuring reconstruction: numbers with how they came about, as a value, a table, JSON and HTML."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,19 @@ class Spread:
     mean: float
     std: float
     """Standard deviation between images (population); 0 for one image."""
+
+
+@dataclass(frozen=True)
+class PredictedSource:
+    """What was measured at one K without the source map: recovery predicts it, and it costs no bits."""
+
+    accuracy: float
+    """Share of patches whose predicted token has the right index, mean over images."""
+    psnr: Spread
+    ssim: Spread | None
+    perceptual: float | None
+    frechet: float | None
+    kernel: float | None
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,8 @@ class ReconstructionRow:
     encode_per_second: float
     """Images; the networks alone, without reading files."""
     decode_per_second: float
+    predicted: PredictedSource | None = None
+    """The same without the source map; None if it was not asked for."""
 
     @property
     def bits(self) -> float:
@@ -81,6 +96,10 @@ class Example:
     """For each K, the kept token of every patch."""
     reconstruction: dict[int, Float[Tensor, "3 H W"]]
     """For each K."""
+    predicted_index: dict[int, Int[Tensor, " L"]] = field(default_factory=dict)
+    """For each K below L, what recovery takes for the kept token of every patch; empty if it was not asked."""
+    predicted: dict[int, Float[Tensor, "3 H W"]] = field(default_factory=dict)
+    """For each of these K, what is decoded from that."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,15 +151,25 @@ class ReconstructionReport:
         """Returns the heading and the lines of a table, one line a quantity; what was not measured has no line."""
         frechet, kernel = self.distance_names()
         size = f"{self.rows[0].codebook_size:,}"
+        pairs: list[tuple[str, Callable[[ReconstructionRow | PredictedSource], str | None]]] = [
+            ("PSNR in dB", lambda it: _spread(it.psnr, 2)),
+            ("SSIM", lambda it: None if it.ssim is None else _spread(it.ssim, 3)),
+            (f"perceptual ({self.perceptual_name()})", lambda it: _cell(it.perceptual)),
+            (frechet, lambda it: _cell(it.frechet)),
+            (kernel, lambda it: _cell(it.kernel)),
+        ]
+        quality: list[tuple[str, list[str | None]]] = []
+        for head, cell in pairs:
+            quality.append((head, [cell(row) for row in self.rows]))
+            predicted = [None if row.predicted is None else cell(row.predicted) for row in self.rows]
+            quality.append(("  with predicted source", predicted))
+        accuracy = [None if row.predicted is None else f"{row.predicted.accuracy:.3f}" for row in self.rows]
         lines: list[tuple[str, list[str | None]]] = [
             ("bits per image", [f"{row.bits:,.0f}" for row in self.rows]),
             ("  for indices", [f"{row.bits_index:,.0f}" for row in self.rows]),
             ("  for the source map", [f"{row.bits_source:,.0f}" for row in self.rows]),
-            ("PSNR in dB", [_spread(row.psnr, 2) for row in self.rows]),
-            ("SSIM", [None if row.ssim is None else _spread(row.ssim, 3) for row in self.rows]),
-            (f"perceptual ({self.perceptual_name()})", [_cell(row.perceptual) for row in self.rows]),
-            (frechet, [_cell(row.frechet) for row in self.rows]),
-            (kernel, [_cell(row.kernel) for row in self.rows]),
+            *quality,
+            ("source predicted right", accuracy),
             ("distinct indices an image", [f"{row.distinct_tokens:.1f}" for row in self.rows]),
             (f"indices used of {size}", [f"{row.codebook_used:,}" for row in self.rows]),
             ("share of ones in a bit", [_range(row.bit_balance) for row in self.rows]),
