@@ -25,7 +25,8 @@ class MaskConfig:
             raise ConfigError(f"expected mask.recent of at least 1, or None for plain causal, got {self.recent}")
         if self.recent is None and (self.proportional or self.keep != "first" or self.duplicate != "index"):
             raise ConfigError(
-                "expected mask.recent beside other mask settings, got None, which drops nothing: leave them at their defaults"
+                "expected mask.recent beside other mask settings, got None, which drops nothing: leave them at their "
+                "defaults"
             )
 
 

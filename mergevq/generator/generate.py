@@ -1,0 +1,285 @@
+"""What both generators do before and around sampling: what is asked for, checked; batches; what it cost."""
+
+import difflib
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Union
+
+import torch
+from torch import nn
+
+from mergevq.errors import CheckpointError, ConfigError
+from mergevq.files import find_model_file, read_header, shipped_names
+from mergevq.generator.config import GeneratorConfig
+from mergevq.sampling import image_seeds
+from mergevq.tokens import MergedTokens
+
+if TYPE_CHECKING:
+    from mergevq.generator.random_order import RandomAR
+    from mergevq.generator.raster import MergeAR
+
+_MAX_BATCH = 64
+_CPU_CACHE_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Request:
+    """What every image is asked to be, one entry an image."""
+
+    classes: tuple[int, ...]
+    """`num_classes` is no class."""
+    num_tokens: tuple[int, ...]
+    """K."""
+    seeds: tuple[int, ...]
+    """Of all noise of the image, which therefore does not depend on the batch."""
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def part(self, start: int, stop: int) -> "Request":
+        """Returns some of the images."""
+        return Request(self.classes[start:stop], self.num_tokens[start:stop], self.seeds[start:stop])
+
+
+@dataclass(frozen=True)
+class GenerationStats:
+    """What generating cost."""
+
+    images: int
+    seconds: float
+    """Wall-clock time of sampling, the first compilation included."""
+    forwards: int
+    """Passes through the blocks over positions, of all batches together."""
+    cache_bytes: int = 0
+    """Most memory that keys and values of a whole batch had, bookkeeping included."""
+    cache_slots: int = 0
+    """Most keys that a token attended to, masked ones included."""
+
+    def plus(self, other: "GenerationStats") -> "GenerationStats":
+        """Returns the cost of both, one after the other."""
+        return GenerationStats(
+            self.images + other.images,
+            self.seconds + other.seconds,
+            self.forwards + other.forwards,
+            max(self.cache_bytes, other.cache_bytes),
+            max(self.cache_slots, other.cache_slots),
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- the request
+
+
+def resolve_request(
+    config: GeneratorConfig,
+    classes: Sequence[int | str] | None,
+    num_images: int | None,
+    num_tokens: int | Sequence[int] | None,
+    rng: torch.Generator | None,
+    seeds: Sequence[int] | None,
+) -> Request:
+    """Returns what each image is asked to be.
+
+    Args:
+        config: of the generator.
+        classes: numbers or names, one image each; None is no class.
+        num_images: how many without classes, 1 by default.
+        num_tokens: K of all images or of each; None is `config.num_tokens`. Logs a warning outside
+            `config.trained_num_tokens`.
+        rng: gives each image a seed; None takes torch's own.
+        seeds: the seeds themselves.
+
+    Raises:
+        ConfigError: a class is unknown, a K is outside 1..L, or the numbers of classes, images, K and seeds differ.
+    """
+    if classes is None:
+        count = 1 if num_images is None else num_images
+        numbers = [config.num_classes] * count
+    else:
+        numbers = resolve_classes(classes, config)
+        count = len(numbers)
+        if num_images not in (None, count):
+            raise ConfigError(f"expected one image a class, got {count} classes and num_images {num_images}")
+    if count < 1:
+        raise ConfigError("expected at least one image to generate, got none")
+    kept = resolve_num_tokens(num_tokens, count, config)
+    if seeds is None:
+        seeds = image_seeds(rng, count)
+    elif rng is not None:
+        raise ConfigError("expected rng or seeds, got both: rng would only make seeds")
+    elif len(seeds) != count:
+        raise ConfigError(f"expected {count} seeds, one an image, got {len(seeds)}")
+    return Request(tuple(numbers), tuple(kept), tuple(seeds))
+
+
+def resolve_classes(classes: Sequence[int | str], config: GeneratorConfig) -> list[int]:
+    """Returns the numbers of classes given by number or name.
+
+    Raises:
+        ConfigError: one is unknown; the message has the nearest names.
+    """
+    if isinstance(classes, str | int):
+        raise ConfigError(f"expected a list of classes, one an image, got {classes!r}: put it in brackets")
+    if config.num_classes == 0 and len(classes):
+        raise ConfigError("expected no classes for this unconditional generator: leave them out")
+    return [_class_number(name, config) for name in classes]
+
+
+def _class_number(name: int | str, config: GeneratorConfig) -> int:
+    if not isinstance(name, str):
+        number = int(name)
+        if not 0 <= number < config.num_classes:
+            raise ConfigError(f"expected classes 0..{config.num_classes - 1}, got {number}")
+        return number
+    if not config.class_names:
+        raise ConfigError(
+            f"expected a class number 0..{config.num_classes - 1}, got {name!r}: this generator knows no names"
+        )
+    words = {word.casefold(): number for number, word in reversed([*enumerate(config.class_names)])}
+    if name.casefold() not in words:
+        near = difflib.get_close_matches(name.casefold(), words, n=3, cutoff=0.5)
+        some = [config.class_names[words[word]] for word in near] or config.class_names[:5]
+        raise ConfigError(f"expected a class such as {', '.join(some)}, got {name!r}, which this generator never saw")
+    return words[name.casefold()]
+
+
+def resolve_num_tokens(num_tokens: int | Sequence[int] | None, count: int, config: GeneratorConfig) -> list[int]:
+    """Returns K of each image; logs a warning where the generator was trained on others.
+
+    Raises:
+        ConfigError: a K is outside 1..L, or there are not `count` of them.
+    """
+    if num_tokens is None:
+        num_tokens = config.num_tokens
+    kept = [num_tokens] * count if isinstance(num_tokens, int) else [int(k) for k in num_tokens]
+    if len(kept) != count:
+        raise ConfigError(f"expected one num_tokens, or {count}, one an image, got {len(kept)}")
+    if not 1 <= min(kept) <= max(kept) <= config.num_patches:
+        raise ConfigError(f"expected num_tokens in 1..{config.num_patches}, got {min(kept)}..{max(kept)}")
+    low, high = config.trained_num_tokens
+    strange = sorted({k for k in kept if not low <= k <= high})
+    if strange:
+        logging.getLogger("mergevq").warning(
+            "num_tokens %s: this generator was trained on %d..%d, expect worse images",
+            ", ".join(map(str, strange[:3])),
+            low,
+            min(high, config.num_patches),
+        )
+    return kept
+
+
+def check_pair(config: GeneratorConfig, *, grid: tuple[int, int] | None, num_bits: int, tokenizer: str | None) -> None:
+    """Checks that a tokenizer, or a cache of its tokens, belongs to a generator.
+
+    Args:
+        config: of the generator.
+        grid: rows and columns of the tokenizer's patches; None if images of several sizes are encoded.
+        num_bits: bits of its indices.
+        tokenizer: its fingerprint; None if nobody knows.
+
+    Raises:
+        CheckpointError: it has another grid or other bits, or the generator was trained on another one's tokens.
+    """
+    if num_bits != config.num_bits or (grid is not None and tuple(grid) != config.grid):
+        place = "" if grid is None else f"grid {grid[0]}x{grid[1]} and "
+        raise CheckpointError(
+            f"expected a tokenizer of grid {config.grid[0]}x{config.grid[1]} and {config.num_bits} bits for this "
+            f"generator, got {place}{num_bits} bits: use the one it was trained with"
+        )
+    if None not in (tokenizer, config.tokenizer) and tokenizer != config.tokenizer:
+        raise CheckpointError(
+            f"expected tokenizer {str(config.tokenizer)[:12]} for this generator, got {str(tokenizer)[:12]}: "
+            "use the one it was trained with"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+def default_batch_size(config: GeneratorConfig, branches: int, device: torch.device, item_bytes: int = 4) -> int:
+    """Returns how many images are sampled together: at most 64, and so many that uncompressed keys and values fill no
+    more than 1 GiB, or a quarter of a GPU's memory.
+
+    Args:
+        config: of the generator.
+        branches: 2 with guidance.
+        device: where.
+        item_bytes: of a number in the cache.
+    """
+    slots = config.prefix_length + config.num_patches * (2 if config.order == "random" else 1)
+    image = 2 * branches * config.depth * config.num_kv_heads * config.head_width * slots * item_bytes
+    room = _CPU_CACHE_BYTES
+    if device.type == "cuda":
+        room = torch.cuda.get_device_properties(device).total_memory // 4
+    return max(1, min(_MAX_BATCH, room // image))
+
+
+def in_batches(
+    request: Request,
+    batch_size: int,
+    sample: Callable[[Request], tuple[MergedTokens, GenerationStats]],
+    on_images: Callable[[int], None] | None,
+) -> tuple[MergedTokens, GenerationStats]:
+    """Returns what `sample` makes of the request, cut into batches of even size.
+
+    Args:
+        request: all images.
+        batch_size: the most at a time.
+        sample: makes one batch.
+        on_images: is told after each batch how many images it had.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"expected batch_size of at least 1, got {batch_size}")
+    # Even batches: a short last one would be compiled again and costs nearly as much as a full one.
+    batch_size = math.ceil(len(request) / math.ceil(len(request) / batch_size))
+    parts: list[MergedTokens] = []
+    total = GenerationStats(0, 0.0, 0)
+    for start in range(0, len(request), batch_size):
+        tokens, stats = sample(request.part(start, start + batch_size))
+        parts.append(tokens)
+        total = total.plus(stats)
+        if on_images is not None:
+            on_images(stats.images)
+    return MergedTokens.join(parts), total
+
+
+@contextmanager
+def sampling_mode(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Without gradients or dropout, in float32 or under autocast to `dtype` whatever surrounds it."""
+    training, device = model.training, next(model.parameters()).device.type
+    lower = dtype is not None and dtype != torch.float32
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(device, dtype=dtype if lower else torch.bfloat16, enabled=lower):
+            yield
+    finally:
+        model.train(training)
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def load_generator(name: str | Path, *, device: torch.device | str = "cpu") -> Union["MergeAR", "RandomAR"]:
+    """Returns the generator of either order in a file, a folder or a hub repository, in evaluation mode.
+
+    Args:
+        name: see `MergeAR.from_pretrained`. Of generators that come with the package under one name this is the one
+            in raster order; the other has "_random" behind its name.
+        device: where to put it.
+
+    Raises:
+        CheckpointError: there is no such generator, or it cannot be loaded.
+    """
+    from mergevq.generator.model import read_config  # Both import this module.
+    from mergevq.generator.random_order import RandomAR
+    from mergevq.generator.raster import MergeAR
+
+    stem = str(name).removesuffix("_random")
+    if stem != str(name) and stem in shipped_names() and not Path(name).exists():
+        return RandomAR.from_pretrained(find_model_file(stem, role="random_ar"), device=device)
+    path = find_model_file(name, role="merge_ar")
+    order = read_config(read_header(path), path).order
+    return (MergeAR if order == "raster" else RandomAR).from_pretrained(path, device=device)
