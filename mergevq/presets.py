@@ -19,7 +19,14 @@ from mergevq.tokenizer.config import (
     RecoveryConfig,
     TokenizerConfig,
 )
-from mergevq.training.config import DataConfig, LoopConfig, LossConfig, LossWeights, OptimConfig, TokenizerRun
+from mergevq.training.config import (
+    DataConfig,
+    LossConfig,
+    LossWeights,
+    TokenizerLoopConfig,
+    TokenizerOptimConfig,
+    TokenizerRun,
+)
 
 # One epoch of ImageNet-1K at the paper's batch of 256.
 _EPOCH = 5_005
@@ -75,10 +82,10 @@ def tiny() -> TokenizerRun:
             perceptual="lite0",
         ),
         data=DataConfig(flip=True),
-        optim=OptimConfig(
+        optim=TokenizerOptimConfig(
             lr=2e-3, betas=(0.9, 0.99), warmup_steps=50, schedule="cosine", ema_decay=0.995, clip_norm=1.0
         ),
-        loop=LoopConfig(
+        loop=TokenizerLoopConfig(
             steps=20_000,
             minutes=4.5,
             batch_size=8,
@@ -132,8 +139,8 @@ def _paper(
         model=model,
         loss=LossConfig(weights=LossWeights(alignment=alignment, recovery=recovery)),
         data=DataConfig(train="imagenet/train", val="imagenet/val", workers=8),
-        optim=OptimConfig(schedule=schedule, clip_norm=clip_norm),
-        loop=LoopConfig(
+        optim=TokenizerOptimConfig(schedule=schedule, clip_norm=clip_norm),
+        loop=TokenizerLoopConfig(
             steps=epochs * _EPOCH,
             batch_size=batch_size,
             accumulate=32 // batch_size,
@@ -246,8 +253,10 @@ def _small(
             disc_layers=2,
         ),
         data=DataConfig(flip=True, workers=8),
-        optim=OptimConfig(lr=4e-4, disc_lr=2e-4, betas=(0.9, 0.99), warmup_steps=500, schedule="cosine", clip_norm=1.0),
-        loop=LoopConfig(
+        optim=TokenizerOptimConfig(
+            lr=4e-4, disc_lr=2e-4, betas=(0.9, 0.99), warmup_steps=500, schedule="cosine", clip_norm=1.0
+        ),
+        loop=TokenizerLoopConfig(
             steps=100_000,
             batch_size=64,
             num_tokens=_fractions(patches),

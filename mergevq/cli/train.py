@@ -12,7 +12,14 @@ from mergevq import presets
 from mergevq.cli.options import read_numbers
 from mergevq.errors import ConfigError
 from mergevq.tokenizer.config import TokenizerConfig
-from mergevq.training.config import DataConfig, HardwareConfig, LoopConfig, LossConfig, OptimConfig, TokenizerRun
+from mergevq.training.config import (
+    DataConfig,
+    HardwareConfig,
+    LossConfig,
+    TokenizerLoopConfig,
+    TokenizerOptimConfig,
+    TokenizerRun,
+)
 
 M = TypeVar("M", bound=TokenizerConfig)
 
@@ -39,7 +46,7 @@ def train_tokenizer(words: Sequence[str]) -> Callable[..., None]:
     if name is None and folder is not None and "--resume" in words and not asked_help:
         from mergevq.training.run_folder import load_run
 
-        base = load_run(Path(folder))
+        base = load_run(Path(folder), TokenizerRun)
     elif name is None and not asked_help:
         raise ConfigError(f"expected --preset and one of {', '.join(presets.tokenizer_names())}, got none")
     else:
@@ -62,8 +69,8 @@ def train_tokenizer(words: Sequence[str]) -> Callable[..., None]:
         model: _Unchecked = _parts(_Unchecked, base.model),  # noqa: B008 - frozen
         loss: LossConfig = base.loss,
         data: DataConfig = base.data,
-        optim: OptimConfig = base.optim,
-        loop: LoopConfig = base.loop,
+        optim: TokenizerOptimConfig = base.optim,
+        loop: TokenizerLoopConfig = base.loop,
     ) -> None:
         """Train a tokenizer; RUN/model.safetensors is the result, rewritten at each validation.
 

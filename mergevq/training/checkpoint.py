@@ -5,7 +5,7 @@ holds one whole state: the new one, or the one before.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,37 @@ from torch import Tensor, nn
 from mergevq import __version__
 from mergevq.errors import CheckpointError
 from mergevq.files import check_fields, check_format, load_strict, load_tensors, read_json, save_tensors, write_json
-from mergevq.training.state import TrainState
 
 KIND = "training-state/1"
+
+
+@runtime_checkable
+class SavedState(Protocol):
+    """What a training's state has, whatever is trained."""
+
+    fabric: Any
+    """The lightning.Fabric that wrapped the modules."""
+    rng: torch.Generator
+    """On the CPU, and the same on all processes."""
+    step: int
+    """Optimizer steps done."""
+    position: int
+    """Micro-batches that each process has taken from its data since the beginning."""
+    elapsed: float
+    """Seconds spent in training steps, the same on all processes; validating and saving do not count."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The weights being trained."""
+        ...
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Returns everything with weights that change, by the name it has in the file."""
+        ...
+
+    def optimizers(self) -> dict[str, tuple[Any, nn.Module]]:
+        """Returns every optimizer, by its name in the file, with the module whose parameters it moves."""
+        ...
 
 
 def has_state(folder: Path) -> bool:
@@ -23,7 +51,7 @@ def has_state(folder: Path) -> bool:
     return (folder / "state.json").is_file()
 
 
-def save_state(folder: Path, state: TrainState) -> None:
+def save_state(folder: Path, state: SavedState) -> None:
     """Writes the state to `folder`, replacing the one there; only the first process of a run should.
 
     Raises:
@@ -32,9 +60,9 @@ def save_state(folder: Path, state: TrainState) -> None:
     for leftover in folder.glob(".tensors-*.tmp.safetensors"):  # A killed process could not remove its own.
         leftover.unlink(missing_ok=True)
     tensors = {
-        f"{part}.{name}": tensor for part, module in _modules(state).items() for name, tensor in _named(module).items()
+        f"{part}.{name}": tensor for part, module in state.modules().items() for name, tensor in _named(module).items()
     }
-    for part, (optimizer, module) in _optimizers(state).items():
+    for part, (optimizer, module) in state.optimizers().items():
         for name, parameter in module.named_parameters():
             for key, tensor in optimizer.state[parameter].items():
                 tensors[f"{part}.{key}.{name}"] = tensor
@@ -59,7 +87,7 @@ def save_state(folder: Path, state: TrainState) -> None:
             other.unlink(missing_ok=True)
 
 
-def load_state(folder: Path, state: TrainState) -> None:
+def load_state(folder: Path, state: SavedState) -> None:
     """Puts the state in `folder` into `state`, which was built from the same run; sets torch's global rng states.
 
     Raises:
@@ -79,31 +107,15 @@ def load_state(folder: Path, state: TrainState) -> None:
     tensors, header = load_tensors(path)
     check_format(header, KIND, path)
     check_fields(tensors, ("rng.run", "rng.cpu"), path)
-    for part, module in _modules(state).items():
+    for part, module in state.modules().items():
         load_strict(module, _part(tensors, part), f"{path} ({part})")
-    for part, (optimizer, module) in _optimizers(state).items():
+    for part, (optimizer, module) in state.optimizers().items():
         _load_moments(optimizer, module, _part(tensors, part), f"{path} ({part})")
     state.rng.set_state(tensors["rng.run"])
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors and state.fabric.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["rng.cuda"], state.fabric.device)
     state.step, state.position, state.elapsed = record["step"], record["position"], record["elapsed"]
-
-
-def _modules(state: TrainState) -> dict[str, nn.Module]:
-    parts: dict[str, nn.Module] = {"model": state.model, "ema": state.ema}
-    if state.adversary is not None:
-        parts["discriminator"] = state.adversary.discriminator
-        if state.adversary.lecam is not None:
-            parts["lecam"] = state.adversary.lecam
-    return parts
-
-
-def _optimizers(state: TrainState) -> dict[str, tuple[Any, nn.Module]]:
-    parts: dict[str, tuple[Any, nn.Module]] = {"optimizer": (state.optimizer, state.model)}
-    if state.adversary is not None:
-        parts["disc_optimizer"] = (state.adversary.optimizer, state.adversary.discriminator)
-    return parts
 
 
 def _named(module: nn.Module) -> dict[str, Tensor]:

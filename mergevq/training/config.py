@@ -1,11 +1,27 @@
 """Everything a training run depends on, as frozen dataclasses. No torch is imported here."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from mergevq.configuration import check_types, config_to_dict
 from mergevq.errors import ConfigError
 from mergevq.tokenizer.config import TokenizerConfig
+
+FREE_FIELDS = (
+    "loop.steps",
+    "loop.minutes",
+    "loop.val_every",
+    "loop.val_images",
+    "loop.save_every",
+    "loop.log_every",
+    "data.train",
+    "data.val",
+    "data.workers",
+)
+"""Fields of any run that may change when it goes on.
+
+Images may lie elsewhere, but they must be the same under the same names; only their number is compared.
+"""
 
 
 @dataclass(frozen=True)
@@ -79,10 +95,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
+    """What every training has."""
+
     lr: float = 1e-4
-    """Peak learning rate of the autoencoder."""
-    disc_lr: float = 1e-4
-    """Peak learning rate of the discriminator."""
+    """Peak learning rate of the model."""
     betas: tuple[float, float] = (0.5, 0.9)
     """Adam's decay rates."""
     weight_decay: float = 0.0
@@ -102,7 +118,15 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class TokenizerOptimConfig(OptimConfig):
+    disc_lr: float = 1e-4
+    """Peak learning rate of the discriminator."""
+
+
+@dataclass(frozen=True)
 class LoopConfig:
+    """What every training has."""
+
     steps: int = 100_000
     """Optimizer steps."""
     minutes: float = 0.0
@@ -113,12 +137,6 @@ class LoopConfig:
     """Images in a micro-batch of one process."""
     accumulate: int = 1
     """Micro-batches in an optimizer step."""
-    num_tokens: tuple[int, ...] = (144,)
-    """Numbers of kept tokens to draw from, one draw per optimizer step."""
-    num_tokens_probs: tuple[float, ...] = ()
-    """Their probabilities; empty is uniform."""
-    val_num_tokens: tuple[int, ...] = (256, 144, 64)
-    """Numbers of kept tokens in validation and in image grids."""
     val_every: int = 5_000
     """Optimizer steps between validations (which also write the model and the images)."""
     val_images: int = 1_000
@@ -133,13 +151,23 @@ class LoopConfig:
     """Of everything random."""
     deterministic: bool = False
     """Use deterministic kernels only (slower on a GPU)."""
+
+
+@dataclass(frozen=True)
+class TokenizerLoopConfig(LoopConfig):
+    num_tokens: tuple[int, ...] = (144,)
+    """Numbers of kept tokens to draw from, one draw per optimizer step."""
+    num_tokens_probs: tuple[float, ...] = ()
+    """Their probabilities; empty is uniform."""
+    val_num_tokens: tuple[int, ...] = (256, 144, 64)
+    """Numbers of kept tokens in validation and in image grids."""
     channels_last: bool = False
     """Memory order of convolutions."""
 
 
 @dataclass(frozen=True)
 class HardwareConfig:
-    """Where a run happens. Not part of `TokenizerRun`: the same run may go on elsewhere."""
+    """Where a run happens. Not part of the run: the same may go on elsewhere."""
 
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """Kind of device; auto takes GPUs where there are any."""
@@ -153,24 +181,31 @@ class HardwareConfig:
             raise ConfigError(f"expected devices to be at least 1, got {self.devices}")
 
 
+class Run:
+    """A complete description of a training: the base of frozen dataclasses, without fields of its own."""
+
+    kind: ClassVar[str]
+    """What run.json calls it."""
+    free_fields: ClassVar[tuple[str, ...]]
+    """What may change when a run goes on. Every other field shaped the weights trained so far."""
+    loop: LoopConfig
+
+
 @dataclass(frozen=True)
-class TokenizerRun:
+class TokenizerRun(Run):
     """A complete description of a tokenizer's training; `train_tokenizer(run, out)` runs it."""
+
+    kind: ClassVar[str] = "tokenizer-run/1"
+    free_fields: ClassVar[tuple[str, ...]] = (*FREE_FIELDS, "loop.val_num_tokens")
 
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    loop: LoopConfig = field(default_factory=LoopConfig)
+    optim: TokenizerOptimConfig = field(default_factory=TokenizerOptimConfig)
+    loop: TokenizerLoopConfig = field(default_factory=TokenizerLoopConfig)
 
     def __post_init__(self) -> None:
-        if self.loop.precision not in ("float32", "bf16"):
-            raise ConfigError(
-                f"expected loop.precision float32 or bf16, got {self.loop.precision!r}: use bf16 "
-                "(fp16 needs one gradient scaler, which cannot serve two optimizers)"
-            )
-        check_types(self)
-        _check_ranges(self)
+        check_run(self)
         # A module exists only if its loss is on.
         for name in ("recovery", "alignment"):
             part, weight = getattr(self.model, name), getattr(self.loss.weights, name)
@@ -183,26 +218,15 @@ class TokenizerRun:
                     "to 0"
                 )
         loop = self.loop
-        if loop.num_tokens_probs and len(loop.num_tokens_probs) != len(loop.num_tokens):
-            raise ConfigError(
-                f"loop.num_tokens_probs needs {len(loop.num_tokens)} entries, one for each of loop.num_tokens, got "
-                f"{len(loop.num_tokens_probs)}"
-            )
-        for k in (*loop.num_tokens, *loop.val_num_tokens):
-            if not 1 <= k <= self.model.num_patches:
-                raise ConfigError(
-                    f"loop.num_tokens and loop.val_num_tokens must lie in 1..{self.model.num_patches}, got {k}"
-                )
-        if any(p < 0 for p in loop.num_tokens_probs) or (loop.num_tokens_probs and sum(loop.num_tokens_probs) <= 0):
-            raise ConfigError(f"loop.num_tokens_probs must be at least 0 and not all 0, got {loop.num_tokens_probs}")
-        if not loop.num_tokens or not loop.val_num_tokens:
-            raise ConfigError("loop.num_tokens and loop.val_num_tokens need at least one entry")
+        check_num_tokens("loop.num_tokens", loop.num_tokens, self.model.num_patches)
+        check_num_tokens("loop.val_num_tokens", loop.val_num_tokens, self.model.num_patches)
+        check_probabilities(loop.num_tokens, loop.num_tokens_probs)
         if self.loss.weights.adversarial == 0 and self.loss.weights.lecam > 0:
             weights = replace(self.loss.weights, lecam=0.0)
             object.__setattr__(self, "loss", replace(self.loss, weights=weights))
 
 
-# Fields with a lower limit that they must reach, and those that must be above 0.
+# Fields with a lower limit that they must reach, and those that must be above 0; a run need not have all of them.
 _AT_LEAST = {
     1: "loop.steps loop.batch_size loop.accumulate loop.val_every loop.save_every loop.log_every loop.val_images "
     "loss.disc_channels loss.disc_layers",
@@ -213,17 +237,28 @@ _POSITIVE = ("loss.alignment_temperature",)
 _SHARES = ("optim.ema_decay", "loss.lecam_decay", "data.val_fraction")
 
 
-def _check_ranges(run: TokenizerRun) -> None:
+def check_run(run: Any) -> None:
+    """Checks types and ranges of what trainings have in common, and of losses.
+
+    Raises:
+        ConfigError: a value has the wrong type or is out of range.
+    """
+    if run.loop.precision not in ("float32", "bf16"):
+        raise ConfigError(
+            f"expected loop.precision float32 or bf16, got {run.loop.precision!r}: use bf16 "
+            "(fp16 needs one gradient scaler, which cannot serve two optimizers)"
+        )
+    check_types(run)
     values = flat_config(run)
     for limit, names in _AT_LEAST.items():
         for name in names.split():
-            if values[name] < limit:
+            if name in values and values[name] < limit:
                 raise ConfigError(f"{name} must be at least {limit}, got {values[name]}")
     for name in _POSITIVE:
-        if values[name] <= 0:
+        if name in values and values[name] <= 0:
             raise ConfigError(f"{name} must be above 0, got {values[name]}")
     for name in _SHARES:
-        if not 0 <= values[name] <= 1:
+        if name in values and not 0 <= values[name] <= 1:
             raise ConfigError(f"{name} must lie in 0..1, got {values[name]}")
     for beta in run.optim.betas:
         if not 0 <= beta < 1:
@@ -231,6 +266,34 @@ def _check_ranges(run: TokenizerRun) -> None:
     for name, value in values.items():
         if name.startswith("loss.weights.") and value < 0:
             raise ConfigError(f"{name} must be at least 0, got {value}")
+
+
+def check_num_tokens(name: str, counts: tuple[int, ...], num_patches: int) -> None:
+    """Checks that there are numbers of kept tokens, all in 1..L.
+
+    Raises:
+        ConfigError: there are none, or one is not.
+    """
+    if not counts:
+        raise ConfigError(f"{name} needs at least one entry")
+    for k in counts:
+        if not 1 <= k <= num_patches:
+            raise ConfigError(f"{name} must lie in 1..{num_patches}, got {k}")
+
+
+def check_probabilities(counts: tuple[int, ...], probabilities: tuple[float, ...]) -> None:
+    """Checks that `loop.num_tokens_probs` is empty or a law over `loop.num_tokens`.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if probabilities and len(probabilities) != len(counts):
+        raise ConfigError(
+            f"loop.num_tokens_probs needs {len(counts)} entries, one for each of loop.num_tokens, got "
+            f"{len(probabilities)}"
+        )
+    if any(p < 0 for p in probabilities) or (probabilities and sum(probabilities) <= 0):
+        raise ConfigError(f"loop.num_tokens_probs must be at least 0 and not all 0, got {probabilities}")
 
 
 def flat_config(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """The processes of a run and the device of each: starting them, and letting them agree."""
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from mergevq.errors import ConfigError, MissingDependencyError
+from mergevq.errors import ConfigError, MissingDependencyError, NonFiniteLossError
 from mergevq.training.config import HardwareConfig
 
 
@@ -41,6 +43,29 @@ def agree(fabric: Any, elapsed: float, signum: int) -> tuple[float, int]:
     both = torch.tensor([elapsed, float(signum)], dtype=torch.float64, device=fabric.device)
     elapsed, largest = fabric.all_reduce(both, reduce_op="max").tolist()
     return elapsed, int(largest)
+
+
+def agreed_values(fabric: Any, means: Mapping[str, Tensor], where: str) -> dict[str, float]:
+    """Returns the means over processes, waiting for the device once; a NaN of one process is then every process's.
+
+    Args:
+        fabric: the lightning.Fabric of the run.
+        means: scalars of this process.
+        where: in the training, for the message: "optimizer step 7".
+
+    Raises:
+        NonFiniteLossError: a mean is NaN or infinite; all processes raise it.
+    """
+    stacked = torch.stack([value.double().to(fabric.device) for value in means.values()])
+    agreed = fabric.all_reduce(stacked, reduce_op="mean").tolist()
+    values = dict(zip(means, agreed, strict=True))
+    broken = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
+    if broken:
+        raise NonFiniteLossError(
+            f"expected finite losses at {where}, got {', '.join(broken)}: "
+            "the weights were not changed; try a lower optim.lr, a smaller optim.clip_norm or loop.precision float32"
+        )
+    return values
 
 
 @contextmanager

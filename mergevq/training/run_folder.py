@@ -3,7 +3,7 @@
 import platform
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,29 +12,12 @@ from mergevq.configuration import config_from_dict, config_to_dict
 from mergevq.errors import CheckpointError, ConfigError, DataError
 from mergevq.files import check_fields, check_format, read_json, refuse_existing, write_json
 from mergevq.training.checkpoint import has_state
-from mergevq.training.config import TokenizerRun, flat_config
+from mergevq.training.config import Run, flat_config
 
-KIND = "tokenizer-run/1"
-
-FREE_FIELDS = (
-    "loop.steps",
-    "loop.minutes",
-    "loop.val_num_tokens",
-    "loop.val_every",
-    "loop.val_images",
-    "loop.save_every",
-    "loop.log_every",
-    "data.train",
-    "data.val",
-    "data.workers",
-)
-"""Fields that may change when a run goes on. Every other one shaped the weights trained so far.
-
-Images may lie elsewhere, but they must be the same under the same names; only their number is compared.
-"""
+R = TypeVar("R", bound=Run)
 
 
-def check_folder(out: Path, run: TokenizerRun, resume: bool, force: bool) -> None:
+def check_folder(out: Path, run: Run, resume: bool, force: bool) -> None:
     """Checks that the run may begin in `out`, or go on there. Writes nothing.
 
     Raises:
@@ -49,8 +32,8 @@ def check_folder(out: Path, run: TokenizerRun, resume: bool, force: bool) -> Non
         return
     if not has_state(out / "state"):
         raise CheckpointError(f"expected a training state in {out}/state, found none: drop --resume to start there")
-    before, now = flat_config(load_run(out)), flat_config(run)
-    differing = [name for name in now if before[name] != now[name] and name not in FREE_FIELDS]
+    before, now = flat_config(load_run(out, type(run))), flat_config(run)
+    differing = [name for name in now if before[name] != now[name] and name not in run.free_fields]
     if differing:
         named = ", ".join(f"{name} ({before[name]!r} before, {now[name]!r} now)" for name in differing[:5])
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
@@ -60,13 +43,13 @@ def check_folder(out: Path, run: TokenizerRun, resume: bool, force: bool) -> Non
         )
 
 
-def check_images(out: Path, train: int, val: int) -> None:
+def check_images(out: Path, run: Run, train: int, val: int) -> None:
     """Checks that a run that goes on in `out` has as many images as before.
 
     Raises:
         DataError: it has not.
     """
-    before = _read_record(out)["images"]
+    before = _read_record(out, run.kind)["images"]
     if before != {"train": train, "val": val}:
         raise DataError(
             f"expected the {before['train']} images and {before['val']} held-out ones that {out} was started with, "
@@ -74,7 +57,7 @@ def check_images(out: Path, train: int, val: int) -> None:
         )
 
 
-def begin(out: Path, run: TokenizerRun, resume: bool, train: int, val: int) -> None:
+def begin(out: Path, run: Run, resume: bool, train: int, val: int) -> None:
     """Writes `run.json`: version, commands, resolved configuration. Without `resume` an earlier run's results go.
 
     Args:
@@ -96,7 +79,7 @@ def begin(out: Path, run: TokenizerRun, resume: bool, train: int, val: int) -> N
             for path in out.glob(pattern):
                 path.unlink()
     record = {
-        "mergevq": KIND,
+        "mergevq": run.kind,
         "version": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -107,19 +90,23 @@ def begin(out: Path, run: TokenizerRun, resume: bool, train: int, val: int) -> N
     write_json(out / "run.json", record)
 
 
-def load_run(out: Path) -> TokenizerRun:
+def load_run(out: Path, cls: type[R]) -> R:
     """Returns the run whose folder `out` is.
 
+    Args:
+        out: folder of the run.
+        cls: the kind of run, such as TokenizerRun.
+
     Raises:
-        CheckpointError: there is no run.json, or it is damaged.
+        CheckpointError: there is no run.json, it is damaged, or the run is of another kind.
     """
-    return config_from_dict(TokenizerRun, _read_record(out)["config"])
+    return config_from_dict(cls, _read_record(out, cls.kind)["config"])
 
 
-def _read_record(out: Path) -> dict[str, Any]:
+def _read_record(out: Path, kind: str) -> dict[str, Any]:
     path = out / "run.json"
     record: dict[str, Any] = read_json(path)
-    check_format(record, KIND, path)
+    check_format(record, kind, path)
     check_fields(record, ("images", "config"), path)
     check_fields(record["images"], ("train", "val"), path)
     return record

@@ -1,4 +1,4 @@
-"""Everything a training changes, in one value."""
+"""Everything the training of a tokenizer changes, in one value."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +56,22 @@ class TrainState:
     """Micro-batches that each process has taken from its data since the beginning."""
     elapsed: float = 0.0
     """Seconds spent in training steps, the same on all processes; validating and saving do not count."""
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Returns everything with weights that change, by the name it has in the file."""
+        parts: dict[str, nn.Module] = {"model": self.model, "ema": self.ema}
+        if self.adversary is not None:
+            parts["discriminator"] = self.adversary.discriminator
+            if self.adversary.lecam is not None:
+                parts["lecam"] = self.adversary.lecam
+        return parts
+
+    def optimizers(self) -> dict[str, tuple[Any, nn.Module]]:
+        """Returns every optimizer, by its name in the file, with the module whose parameters it moves."""
+        parts: dict[str, tuple[Any, nn.Module]] = {"optimizer": (self.optimizer, self.model)}
+        if self.adversary is not None:
+            parts["disc_optimizer"] = (self.adversary.optimizer, self.adversary.discriminator)
+        return parts
 
 
 def build_state(

@@ -1,8 +1,7 @@
-"""Training a tokenizer: `train_step` is the mathematics, `train_tokenizer` the loop around it."""
+"""Training a tokenizer: `train_step` is the mathematics, `train_tokenizer` the run around it."""
 
-import math
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,17 +10,12 @@ from torch import Tensor, nn
 
 from mergevq.data.folder import ImageFolder
 from mergevq.data.loader import Batch
-from mergevq.errors import ConfigError, NonFiniteLossError
 from mergevq.tokenizer.model import MergeVQ
-from mergevq.training.checkpoint import load_state, save_state
-from mergevq.training.config import HardwareConfig, LoopConfig, TokenizerRun
+from mergevq.training.config import HardwareConfig, TokenizerLoopConfig, TokenizerRun
 from mergevq.training.inputs import Inputs, open_inputs, stream
-from mergevq.training.log import RunLog, truncate_log, validated_steps
+from mergevq.training.loop import Plan, check_start, run_training
 from mergevq.training.optim import clip_gradients, gradient_norm, lr_factor, run_progress, set_lr
-from mergevq.training.precision import choose_dtype
-from mergevq.training.processes import agree, build_fabric, deterministic_kernels
-from mergevq.training.run_folder import begin, check_folder, check_images
-from mergevq.training.signals import StopRequest, TrainingStopped
+from mergevq.training.processes import agreed_values, build_fabric
 from mergevq.training.state import TrainState, build_state, start_from
 from mergevq.training.steps import weighted_sum
 from mergevq.training.validation import draw_held_out, validate
@@ -77,7 +71,7 @@ def train_step(state: TrainState, batch: Sequence[Batch], run: TokenizerRun) -> 
         _backward(state, adversary.step, pairs, weights, means)
         means["disc_grad_norm"] = gradient_norm(adversary.discriminator.parameters())
 
-    values = _agreed_values(state, means, num_tokens)
+    values = agreed_values(state.fabric, means, f"optimizer step {state.step} (K = {num_tokens})")
 
     # From here on the weights change.
     set_lr(state.optimizer, run.optim.lr * factor)
@@ -95,7 +89,7 @@ def train_step(state: TrainState, batch: Sequence[Batch], run: TokenizerRun) -> 
     return StepReport(num_tokens, run.optim.lr * factor, run.optim.disc_lr * factor, values)
 
 
-def draw_num_tokens(rng: torch.Generator, loop: LoopConfig) -> int:
+def draw_num_tokens(rng: torch.Generator, loop: TokenizerLoopConfig) -> int:
     """Returns one K from `loop.num_tokens`; processes with equal rngs draw the same."""
     probs = loop.num_tokens_probs or (1.0,) * len(loop.num_tokens)
     return loop.num_tokens[int(torch.multinomial(torch.tensor(probs, dtype=torch.float64), 1, generator=rng))]
@@ -116,20 +110,6 @@ def _backward(
             means[name] = means[name] + share if name in means else share
         drawn.append(out.reconstruction)
     return drawn
-
-
-def _agreed_values(state: TrainState, means: dict[str, Tensor], num_tokens: int) -> dict[str, float]:
-    """Returns the means over processes, waiting for the device once; a NaN of one process is then every process's."""
-    stacked = torch.stack([value.double().to(state.fabric.device) for value in means.values()])
-    agreed = state.fabric.all_reduce(stacked, reduce_op="mean").tolist()
-    values = dict(zip(means, agreed, strict=True))
-    broken = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
-    if broken:
-        raise NonFiniteLossError(
-            f"expected finite losses at optimizer step {state.step} (K = {num_tokens}), got {', '.join(broken)}: "
-            "the weights were not changed; try a lower optim.lr, a smaller optim.clip_norm or loop.precision float32"
-        )
-    return values
 
 
 def train_tokenizer(
@@ -174,161 +154,41 @@ def train_tokenizer(
     out = Path(out)
     hardware = hardware or HardwareConfig()
     fabric = build_fabric(hardware)
-    if fabric.is_global_zero:
-        check_folder(out, run, resume, force)
-    if resume and init is not None:
-        raise ConfigError("expected one of --resume (go on) and --init (start from a model), got both")
+    check_start(fabric, out, run, resume=resume, init=init, force=force)
     inputs = open_inputs(run, train_data, val_data, perceptual, teacher, fabric.world_size)
-    if resume:
-        check_images(out, len(inputs.train), len(inputs.val))
-    given = _Given(run, out, inputs, resume, init)
-    outcome: _Outcome = fabric.launch(_train, given)
-    if outcome.signum:
-        # Other processes end well: their launcher kills the first one if they do not.
-        raise TrainingStopped(outcome.signum, outcome.step, quiet=not fabric.is_global_zero)
-    return outcome.model
+    images = {"train": len(inputs.train), "val": len(inputs.val)}
+    return run_training(fabric, Plan(run, out, partial(_TokenizerTraining, run, inputs), images, resume, init))
 
 
-class _Given(NamedTuple):
-    """What each process of a run is started with."""
+class _TokenizerTraining:
+    """What the loop asks of the training of a tokenizer."""
 
-    run: TokenizerRun
-    out: Path
-    inputs: Inputs
-    resume: bool
-    init: str | Path | None
+    def __init__(self, run: TokenizerRun, inputs: Inputs, fabric: Any) -> None:
+        self.run = run
+        self.inputs = inputs
+        self.state = build_state(fabric, run, inputs.perceptual, inputs.teacher)
 
+    def start_from(self, name: str | Path) -> list[str]:
+        return start_from(self.state, name)
 
-class _Session(NamedTuple):
-    """What the loop of one process works with, besides the state."""
+    def batches(self) -> Iterator[Batch]:
+        fabric = self.state.fabric
+        return stream(self.run, self.inputs.train, fabric.global_rank, fabric.world_size, self.state.position)
 
-    given: _Given
-    log: RunLog
-    stop: StopRequest
-    validated: set[int]
-    """Steps that an earlier part of the run has validated."""
+    def step(self, batch: list[Batch]) -> dict[str, Any]:
+        report = train_step(self.state, batch, self.run)
+        record: dict[str, Any] = {"num_tokens": report.num_tokens, **report.values, "lr": report.lr}
+        if "disc_grad_norm" in report.values:
+            record["disc_lr"] = report.disc_lr
+        return record
 
-    def agreed_signal(self, fabric: Any) -> int:
-        """Returns the number of a signal that reached some process, or 0; all processes have to ask together."""
-        return agree(fabric, 0.0, self.stop.signum)[1]
+    def validate(self, stop: Callable[[], bool]) -> list[dict[str, Any]] | None:
+        found = validate(self.state, self.inputs.val, self.run, stop)
+        return None if found is None else [{"num_tokens": count, **values} for count, values in found.items()]
 
+    def draw(self, path: Path) -> None:
+        draw_held_out(path, self.state, self.inputs.val, self.run)
 
-class _Outcome(NamedTuple):
-    model: Path
-    signum: int
-    step: int
-
-
-def _train(fabric: Any, given: _Given) -> _Outcome:
-    """The life of one process of a run."""
-    run, out = given.run, given.out
-    gpu = [fabric.device] if fabric.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=gpu), deterministic_kernels(run.loop.deterministic):
-        torch.manual_seed(run.loop.seed)
-        state = build_state(fabric, run, given.inputs.perceptual, given.inputs.teacher)
-        _, notice = choose_dtype(run.loop.precision, fabric.device)
-        notices = [notice] if notice else []
-        if given.resume:
-            load_state(out / "state", state)
-        elif given.init is not None:
-            notices += start_from(state, given.init)
-        # Before the barrier, behind which the first process writes to the log: all have to read the same.
-        validated = validated_steps(out / "log.jsonl") if given.resume else set()
-        fabric.barrier()
-        if fabric.is_global_zero:
-            begin(out, run, given.resume, len(given.inputs.train), len(given.inputs.val))
-            truncate_log(out / "log.jsonl", state.step)
-        with RunLog(out / "log.jsonl", _progress(state, run), fabric.is_global_zero) as log, StopRequest() as stop:
-            for text in (_headline(state, given), *notices):
-                log.say(text)
-            signum = _loop(state, _Session(given, log, stop, validated))
-            if signum:
-                log.say(str(TrainingStopped(signum, state.step)))
-    return _Outcome(out / "model.safetensors", signum, state.step)
-
-
-def _loop(state: TrainState, session: _Session) -> int:
-    """Trains to the end, or to a signal whose number it returns."""
-    given, log, stop, validated = session
-    run, loop, fabric, first = given.run, given.run.loop, state.fabric, state.fabric.is_global_zero
-    batches = stream(run, given.inputs.train, fabric.global_rank, fabric.world_size, state.position)
-    images_per_step = loop.batch_size * loop.accumulate * fabric.world_size
-    done, signum = _progress(state, run), 0
-    logged = state.step, state.elapsed
-    if state.step > 0 and state.step not in validated and _validation_is_due(state, run):
-        signum = _look(state, session)  # The state was saved, and the process died before it had validated.
-    while done < 1 and not signum:
-        started = time.perf_counter()
-        batch = [fabric.to_device(next(batches)) for _ in range(loop.accumulate)]
-        report = train_step(state, batch, run)
-        state.position += loop.accumulate
-        state.elapsed, signum = agree(fabric, state.elapsed + time.perf_counter() - started, stop.signum)
-        done = _progress(state, run)
-        last = done >= 1 or signum > 0
-        rate = (state.step - logged[0]) * images_per_step / max(state.elapsed - logged[1], 1e-9)
-        log.advance(state.step, loop.steps, done, rate)
-
-        if state.step % loop.log_every == 0 or last:
-            log.write(_train_record(state, report, rate), done)
-            logged = state.step, state.elapsed
-
-        if first and (state.step % loop.save_every == 0 or last):
-            save_state(given.out / "state", state)
-
-        if not signum and _validation_is_due(state, run):
-            signum = _look(state, session)
-            if signum and first:
-                save_state(given.out / "state", state)
-    _publish(state, given.out)
-    fabric.barrier()
-    return signum
-
-
-def _validation_is_due(state: TrainState, run: TokenizerRun) -> bool:
-    return state.step % run.loop.val_every == 0 or _progress(state, run) >= 1
-
-
-def _look(state: TrainState, session: _Session) -> int:
-    """Validates, draws held-out images and publishes; a signal ends that, and its number is returned.
-
-    The log comes last: what it tells of is there.
-    """
-    given, fabric = session.given, state.fabric
-    found = validate(state, given.inputs.val, given.run, lambda: session.agreed_signal(fabric) > 0)
-    if found is None:
-        return session.agreed_signal(fabric)
-    if fabric.is_global_zero:
-        draw_held_out(given.out / "images" / f"step_{state.step:07d}.png", state, given.inputs.val, given.run)
-    _publish(state, given.out)
-    for count, values in found.items():
-        session.log.write(
-            {"kind": "val", "step": state.step, "num_tokens": count, **values}, _progress(state, given.run)
-        )
-    return 0
-
-
-def _publish(state: TrainState, out: Path) -> None:
-    if state.fabric.is_global_zero:
-        model: MergeVQ = state.ema.module  # type: ignore[assignment]
-        model.save_pretrained(out / "model.safetensors", step=state.step, force=True)
-
-
-def _progress(state: TrainState, run: TokenizerRun) -> float:
-    return run_progress(state.step, state.elapsed, run.loop.steps, run.loop.minutes)
-
-
-def _headline(state: TrainState, given: _Given) -> str:
-    parameters = sum(p.numel() for p in state.model.parameters()) / 1e6
-    limit = f" or {given.run.loop.minutes:g} minutes" if given.run.loop.minutes > 0 else ""
-    return (
-        f"{parameters:.1f} million parameters on {state.fabric.world_size} x {state.fabric.device.type}, "
-        f"{len(given.inputs.train):,} images and {len(given.inputs.val):,} held out, "
-        f"from step {state.step} to {given.run.loop.steps}{limit}, into {given.out}"
-    )
-
-
-def _train_record(state: TrainState, report: StepReport, rate: float) -> dict[str, Any]:
-    record = {"kind": "train", "step": state.step, "num_tokens": report.num_tokens, **report.values, "lr": report.lr}
-    if "disc_grad_norm" in report.values:
-        record["disc_lr"] = report.disc_lr
-    return {**record, "images_per_second": rate, "elapsed": state.elapsed}
+    def publish(self, path: Path) -> None:
+        model: MergeVQ = self.state.ema.module  # type: ignore[assignment]
+        model.save_pretrained(path, step=self.state.step, force=True)

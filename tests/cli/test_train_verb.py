@@ -12,7 +12,6 @@ from mergevq.data.images import write_images
 from mergevq.tokenizer.model import MergeVQ
 from mergevq.tokens import load_tokens
 from mergevq.training.config import TokenizerRun
-from mergevq.training.run_folder import FREE_FIELDS
 
 SMALL = (
     *("--loop.steps", "2", "--loop.batch-size", "2", "--loop.num-tokens", "64", "20", "--loop.val-num-tokens", "64"),
@@ -89,7 +88,7 @@ def test_the_help_of_resume_names_what_may_change(capsys: pytest.CaptureFixture[
         main(["train", "tokenizer", "--help"])
     text = capsys.readouterr().out
     resume = text[text.index("--resume") : text.index("--init")]
-    for name in FREE_FIELDS:
+    for name in TokenizerRun.free_fields:
         assert name.split(".")[1] in resume, name
 
 

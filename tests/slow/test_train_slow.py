@@ -28,10 +28,10 @@ from mergevq.tokenizer.config import (
 from mergevq.tokenizer.model import MergeVQ
 from mergevq.training.config import (
     DataConfig,
-    LoopConfig,
     LossConfig,
     LossWeights,
-    OptimConfig,
+    TokenizerLoopConfig,
+    TokenizerOptimConfig,
     TokenizerRun,
 )
 
@@ -66,8 +66,8 @@ RUN = TokenizerRun(
         weights=LossWeights(perceptual=0.0), disc_channels=4, disc_layers=2, disc_start=5, alignment="labels"
     ),
     data=DataConfig(train="embedded", workers=1),
-    optim=OptimConfig(lr=1e-3, schedule="cosine", warmup_steps=5),
-    loop=LoopConfig(
+    optim=TokenizerOptimConfig(lr=1e-3, schedule="cosine", warmup_steps=5),
+    loop=TokenizerLoopConfig(
         steps=36,
         batch_size=2,
         accumulate=2,

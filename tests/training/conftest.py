@@ -10,7 +10,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mergevq.tokenizer.config import TokenizerConfig
-from mergevq.training.config import DataConfig, LoopConfig, LossConfig, LossWeights, OptimConfig, TokenizerRun
+from mergevq.training.config import (
+    DataConfig,
+    LossConfig,
+    LossWeights,
+    TokenizerLoopConfig,
+    TokenizerOptimConfig,
+    TokenizerRun,
+)
 
 NUM_IMAGES = 13
 
@@ -81,8 +88,10 @@ def tiny_run(tiny_config: TokenizerConfig, image_folder: Path) -> TokenizerRun:
         model=tiny_config,
         loss=LossConfig(weights=LossWeights(lecam=0.1), disc_channels=4, disc_layers=2, lecam_decay=0.5),
         data=DataConfig(train=str(image_folder), val_fraction=0.3, flip=True, workers=0),
-        optim=OptimConfig(lr=1e-3, disc_lr=1e-3, warmup_steps=2, schedule="cosine", clip_norm=1.0, ema_decay=0.5),
-        loop=LoopConfig(
+        optim=TokenizerOptimConfig(
+            lr=1e-3, disc_lr=1e-3, warmup_steps=2, schedule="cosine", clip_norm=1.0, ema_decay=0.5
+        ),
+        loop=TokenizerLoopConfig(
             steps=6,
             batch_size=2,
             accumulate=2,

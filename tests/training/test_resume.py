@@ -19,7 +19,7 @@ from mergevq.tokenizer.model import MergeVQ
 from mergevq.training import checkpoint
 from mergevq.training.config import HardwareConfig, TokenizerRun
 from mergevq.training.log import truncate_log
-from mergevq.training.run_folder import FREE_FIELDS, load_run
+from mergevq.training.run_folder import load_run
 from mergevq.training.signals import TrainingStopped
 from mergevq.training.state import build_state
 from mergevq.training.tokenizer import train_step, train_tokenizer
@@ -267,9 +267,9 @@ def test_steps_and_intervals_may_change_on_the_way(uninterrupted, tmp_path, tiny
     run = loop(tiny_run, steps=7, log_every=2, save_every=2, val_every=7, val_images=2, val_num_tokens=(30,))
     train_tokenizer(run, tmp_path / "run", resume=True, perceptual=perceptual, teacher=teacher)
     assert state_of(tmp_path / "run")[0]["step"] == 7
-    assert load_run(tmp_path / "run") == run
+    assert load_run(tmp_path / "run", TokenizerRun) == run
     assert len(read_json(tmp_path / "run" / "run.json")["commands"]) == 2
-    assert {"loop.steps", "loop.val_num_tokens", "data.workers"} < set(FREE_FIELDS)
+    assert {"loop.steps", "loop.val_num_tokens", "data.workers"} < set(TokenizerRun.free_fields)
 
 
 def test_images_may_move_but_not_change(uninterrupted, tmp_path, tiny_run, perceptual, teacher, image_folder):

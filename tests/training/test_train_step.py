@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mergevq.errors import ConfigError, NonFiniteLossError
 from mergevq.losses.adversarial import hinge_discriminator, vanilla_discriminator
-from mergevq.training.config import LoopConfig, LossWeights, TokenizerRun
+from mergevq.training.config import LossWeights, TokenizerLoopConfig, TokenizerRun
 from mergevq.training.precision import choose_dtype
 from mergevq.training.state import TrainState, build_state
 from mergevq.training.tokenizer import draw_num_tokens, train_step
@@ -218,7 +218,7 @@ def test_a_module_exists_only_if_its_loss_is_on(fabric, tiny_run, batch):
 
 
 def test_k_is_drawn_with_its_probabilities():
-    loop = LoopConfig(num_tokens=(10, 20, 30), num_tokens_probs=(0.5, 0.0, 1.5))
+    loop = TokenizerLoopConfig(num_tokens=(10, 20, 30), num_tokens_probs=(0.5, 0.0, 1.5))
     rng = torch.Generator().manual_seed(0)
     drawn = [draw_num_tokens(rng, loop) for _ in range(2000)]
     assert drawn.count(20) == 0

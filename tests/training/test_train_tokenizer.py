@@ -102,7 +102,7 @@ def test_training_makes_the_loss_smaller(tmp_path, tiny_run, perceptual, teacher
 def test_minutes_end_a_run_and_its_schedule(tmp_path, tiny_run, perceptual, teacher, monkeypatch):
     # A clock on which every step takes half a second.
     clock = SimpleNamespace(perf_counter=itertools.count(0.0, 0.5).__next__)
-    monkeypatch.setattr("mergevq.training.tokenizer.time", clock)
+    monkeypatch.setattr("mergevq.training.loop.time", clock)
     run = changed(tiny_run, loop={"steps": 10_000, "minutes": 0.02}, optim={"warmup_steps": 0})
     train_tokenizer(run, tmp_path / "run", perceptual=perceptual, teacher=teacher)
     records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").open()]
