@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "MergeVQ": "mergevq.tokenizer.model",
     "TokenizerConfig": "mergevq.tokenizer.config",
+    "MergeAR": "mergevq.generator.raster",
     "MergedTokens": "mergevq.tokens",
     "save_tokens": "mergevq.tokens",
     "load_tokens": "mergevq.tokens",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from mergevq.data.images import write_images as write_images
     from mergevq.errors import MergeVQError as MergeVQError
     from mergevq.evaluation.reconstruction import evaluate_reconstruction as evaluate_reconstruction
+    from mergevq.generator.raster import MergeAR as MergeAR
     from mergevq.merging import SourceMap as SourceMap
     from mergevq.quantize import LFQ as LFQ
     from mergevq.quantize import Quantized as Quantized
