@@ -36,8 +36,9 @@ def demo(
 
     from mergevq.cli.options import progress
     from mergevq.data.embedded import EmbeddedImages
+    from mergevq.evaluation.page import check_packages
     from mergevq.evaluation.reconstruction import evaluate_reconstruction
-    from mergevq.evaluation.report import check_packages, report_picture
+    from mergevq.evaluation.report import report_picture
     from mergevq.files import atomic_path, write_json
     from mergevq.metrics.features import feature_network
     from mergevq.tokenizer.model import MergeVQ

@@ -46,8 +46,8 @@ def eval_reconstruction(
     from rich.console import Console
 
     from mergevq.data.sources import evaluation_images
+    from mergevq.evaluation.page import check_packages
     from mergevq.evaluation.reconstruction import evaluate_reconstruction
-    from mergevq.evaluation.report import check_packages
     from mergevq.files import refuse_existing, write_json
     from mergevq.tokenizer.model import MergeVQ
 

@@ -1,21 +1,17 @@
 """What encoding and decoding loses, at several numbers of kept tokens, in one pass over the images."""
 
-import platform
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from mergevq import __version__
-from mergevq.data.embedded import EmbeddedImages
 from mergevq.data.folder import ImageFolder
 from mergevq.data.loader import evaluation_batches
 from mergevq.data.sources import evaluation_images
 from mergevq.errors import CheckpointError, ConfigError
+from mergevq.evaluation.protocol import data_name, hardware, now, versions
 from mergevq.evaluation.result import Example, ReconstructionReport, Reference
 from mergevq.evaluation.tally import Quality, Tally
 from mergevq.losses.perceptual import build_perceptual
@@ -120,7 +116,7 @@ def evaluate_reconstruction(
     originals = FeatureSet(run.originals.features) if features is not None and seen >= 2 else None
     reference = None if originals is None or seen < 4 else _reference(originals.features, seed)
     protocol = {
-        "data": _label(data, images),
+        "data": data_name(data, images),
         "images": seen,
         "images_unreadable": total - seen,
         "images_available": len(images),
@@ -137,8 +133,8 @@ def evaluate_reconstruction(
         "precision": "float32",
         "batch_size": batch_size,
         "seed": seed,
-        "hardware": _hardware(place),
-        "versions": {"mergevq": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "hardware": hardware(place),
+        "versions": versions(),
     }
     return ReconstructionReport(
         rows=tuple(tally.row(originals) for tally in run.tallies.values()),
@@ -173,11 +169,11 @@ class _Pass:
             self.originals.update(self.network(originals))
         shown = [Example(images[i].cpu(), {}, {}) for i in picked]
         for k, tally in self.tallies.items():
-            start = _now(images.device)
+            start = now(images.device)
             tokens = self.tok.encode(images, k)
-            middle = _now(images.device)
+            middle = now(images.device)
             decoded = self.tok.decode(tokens)
-            tally.seconds.append((len(images), middle - start, _now(images.device) - middle))
+            tally.seconds.append((len(images), middle - start, now(images.device) - middle))
             assert tokens.source is not None
             self.grid = tokens.grid
             drawn = self._compare(tally.known, to_uint8(decoded), originals, images)
@@ -223,13 +219,6 @@ class _Pass:
         return drawn
 
 
-def _label(data: Any, images: ImageFolder) -> str:
-    """Returns what the data is called in results."""
-    if isinstance(data, EmbeddedImages):
-        return "embedded"
-    return str(data) if isinstance(data, str | Path) else str(images.root)
-
-
 def _to_float(pixels: UInt8[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     return pixels.float() / 127.5 - 1
 
@@ -270,25 +259,3 @@ def _notes(
 def _identity(given: str | nn.Module | None, network: nn.Module) -> dict[str, str]:
     name = given if isinstance(given, str) else type(network).__name__
     return {"name": name, "sha256": weights_checksum(network)}
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _hardware(device: torch.device) -> dict[str, Any]:
-    if device.type == "cuda":
-        return {"device": torch.cuda.get_device_name(device)}
-    return {"device": _cpu_name(), "threads": torch.get_num_threads()}
-
-
-def _cpu_name() -> str:
-    """Returns the processor's model where Linux tells it, else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(iter(names), platform.processor() or platform.machine())

@@ -1,40 +1,20 @@
 """The report: one HTML page, with its plots and pictures inside, and the same pictures as one sheet."""
 
-import base64
 import io
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from importlib.resources import files
 from typing import Any, NamedTuple
 
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
-from mergevq.errors import MissingDependencyError, ShapeError
+from mergevq.errors import ShapeError
+from mergevq.evaluation.page import FAINT, INK, OTHER, check_packages, data_uri, photograph, png, render_page
 from mergevq.evaluation.result import Example, PredictedSource, ReconstructionReport, ReconstructionRow
 from mergevq.evaluation.token_map import contact_sheet, draw_token_map, to_pil
 
 _MAP_SIDE = 256  # Token maps are drawn at least this large, so that their outlines stay thin.
-_EXACT_SIDE = 64  # Photographs up to this side keep every pixel in the page.
-_INK, _OTHER, _FAINT = "#1f4e79", "#c8702a", "#8a8f98"
-
-
-def check_packages() -> None:
-    """Checks that a page can be written, before the work that it reports.
-
-    Raises:
-        MissingDependencyError: matplotlib or jinja2 is not installed.
-    """
-    try:
-        import jinja2  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError(f"the report needs jinja2 ({error}): pip install 'mergevq[eval]'") from error
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError(f"plots need matplotlib ({error}): pip install 'mergevq[eval]'") from error
 
 
 def render_html(
@@ -55,25 +35,19 @@ def render_html(
     Raises:
         MissingDependencyError: matplotlib or jinja2 is not installed.
     """
-    check_packages()
-    from jinja2 import Environment, StrictUndefined
-
-    heads, lines = report.cells()
-    text = files("mergevq.evaluation").joinpath("report.html.j2").read_text(encoding="utf-8")
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return page.from_string(text).render(
+    return render_page(
+        "report.html.j2",
         title=title,
         about=about,
-        facts=facts or {},
+        facts=facts,
         summary=report.summary(),
-        heads=heads,
-        lines=lines,
+        table=report.cells(),
         notes=report.notes,
-        plot=_data_uri(rate_distortion_plot(report), "svg+xml"),
+        protocol=report.protocol,
+        json_value=report.to_json(),
+        plot=data_uri(rate_distortion_plot(report), "svg+xml"),
         columns=[view.title for view in _views(report.examples[0])] if report.examples else [],
         examples=[_pictures(example, report) for example in report.examples],
-        protocol={name: _readable(value) for name, value in report.protocol.items()},
-        json=json.dumps(report.to_json(), indent=1),
     )
 
 
@@ -89,12 +63,12 @@ def rate_distortion_plot(report: ReconstructionReport) -> bytes:
 
     charts = _charts(report)
     # A salt of our own and no date: the same numbers give the same bytes.
-    with rc_context({"svg.hashsalt": "mergevq", "font.size": 9, "axes.edgecolor": _FAINT, "axes.linewidth": 0.8}):
+    with rc_context({"svg.hashsalt": "mergevq", "font.size": 9, "axes.edgecolor": FAINT, "axes.linewidth": 0.8}):
         figure = Figure(figsize=(3.4 * len(charts), 2.9), layout="constrained")
         for axes, chart in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
             for label, colour, curve in (
-                ("source predicted", _OTHER, chart.predicted),
-                ("source known", _INK, chart.known),
+                ("source predicted", OTHER, chart.predicted),
+                ("source known", INK, chart.known),
             ):
                 axes.plot(
                     [p.bits for p in curve],
@@ -113,12 +87,12 @@ def rate_distortion_plot(report: ReconstructionReport) -> bytes:
                         (4, 4) if curve[0].value < curve[-1].value else (4, -10),
                         textcoords="offset points",
                         fontsize=7,
-                        color=_FAINT,
+                        color=FAINT,
                     )
             if chart.predicted:
                 axes.legend(fontsize=7, frameon=False)
             if chart.reference is not None:
-                axes.axhline(chart.reference, color=_FAINT, linestyle="--", linewidth=0.8)
+                axes.axhline(chart.reference, color=FAINT, linestyle="--", linewidth=0.8)
                 axes.annotate(
                     "two halves of the originals",
                     (min(p.bits for p in (*chart.known, *chart.predicted)), chart.reference),
@@ -235,36 +209,11 @@ def _pictures(example: Example, report: ReconstructionReport) -> dict[str, Any]:
     for view in _views(example):
         tokens = None
         if _is_merged(view, report):
-            tokens = _png(to_pil(draw_token_map(example.original, view.source_index, report.grid, scale=scale)))
-        views.append((view.title, _photograph(to_pil(view.drawn)), tokens))
-    return {"original": _photograph(to_pil(example.original)), "views": views}
+            tokens = png(to_pil(draw_token_map(example.original, view.source_index, report.grid, scale=scale)))
+        views.append((view.title, photograph(to_pil(view.drawn)), tokens))
+    return {"original": photograph(to_pil(example.original)), "views": views}
 
 
 def _is_merged(view: _View, report: ReconstructionReport) -> bool:
     """Whether the token map is worth drawing; without merging it is the patch grid."""
     return view.num_tokens < report.grid[0] * report.grid[1]
-
-
-def _photograph(image: Image.Image) -> str:
-    """As WebP, several times smaller than PNG, unless the image is so small that every pixel is seen."""
-    if max(image.size) <= _EXACT_SIDE:
-        return _png(image)
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=90)
-    return _data_uri(buffer.getvalue(), "webp")
-
-
-def _png(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return _data_uri(buffer.getvalue(), "png")
-
-
-def _data_uri(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _readable(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_readable(entry)}" for name, entry in value.items())
-    return "none" if value is None else str(value)
