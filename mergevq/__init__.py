@@ -12,6 +12,7 @@ _PUBLIC = {
     "MergeVQ": "mergevq.tokenizer.model",
     "TokenizerConfig": "mergevq.tokenizer.config",
     "MergeAR": "mergevq.generator.raster",
+    "RandomAR": "mergevq.generator.random_order",
     "MergedTokens": "mergevq.tokens",
     "save_tokens": "mergevq.tokens",
     "load_tokens": "mergevq.tokens",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from mergevq.data.images import write_images as write_images
     from mergevq.errors import MergeVQError as MergeVQError
     from mergevq.evaluation.reconstruction import evaluate_reconstruction as evaluate_reconstruction
+    from mergevq.generator.random_order import RandomAR as RandomAR
     from mergevq.generator.raster import MergeAR as MergeAR
     from mergevq.merging import SourceMap as SourceMap
     from mergevq.quantize import LFQ as LFQ
