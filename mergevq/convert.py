@@ -1,12 +1,10 @@
-"""The authors' checkpoints, read into our model: an explicit table from their key names to ours, strict both ways.
+"""The authors' checkpoints, read into our models: by explicit tables from their key names to ours, strict both ways.
 
-The release defines two things differently from our defaults, and the converted configuration says so: it does not
-normalise before the sign, and it leaves the kept tokens in the order that merging produces. Its decoder takes the
-source map from the encoder; nothing in it can predict one.
+The tables, and what the authors' options are in ours, are in mergevq.tokenizer.release and mergevq.generator.release.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,25 +13,24 @@ from torch import Tensor
 
 from mergevq.errors import CheckpointError, ConfigError, MissingDependencyError
 from mergevq.files import load_strict
-from mergevq.merging import linear_counts
-from mergevq.tokenizer.config import (
-    AlignmentConfig,
-    DecoderConfig,
-    EncoderConfig,
-    MergingConfig,
-    QuantizerConfig,
-    RecoveryConfig,
-    TokenizerConfig,
-)
+from mergevq.generator.config import GeneratorConfig
+from mergevq.generator.raster import MergeAR
+from mergevq.generator.release import generator_config_from_release, generator_release_keys, is_release_cache
 from mergevq.tokenizer.model import MergeVQ
+from mergevq.tokenizer.release import config_from_release, release_keys
 
 # Networks that the authors' training state also holds and that are no part of the tokenizer: discriminator and LPIPS,
 # the DINOv2 teacher, averaged copies (read apart), and a recovery model that no optimizer of theirs trains.
 _NOT_TOKENIZER = ("loss.", "dist_model.", "model_ema.", "recovery.", "quantize.")
+# What the training state of a generator holds besides it, under a prefix that only then stands before its own names.
+_GENERATOR, _FIRST_STAGE = "transformer.", "first_stage_model."
+_NOT_GENERATOR = (_FIRST_STAGE, "cond_stage_model.", "permuter.", "loss.", "model_ema.")
+
+Weights = Literal["auto", "ema", "raw"]
 
 
 def tokenizer_from_release(
-    state_dict: Mapping[str, Tensor], ddconfig: Mapping[str, Any], *, weights: Literal["auto", "ema", "raw"] = "auto"
+    state_dict: Mapping[str, Tensor], ddconfig: Mapping[str, Any], *, weights: Weights = "auto"
 ) -> MergeVQ:
     """Returns our tokenizer with the weights of the authors' code.
 
@@ -50,188 +47,84 @@ def tokenizer_from_release(
     """
     config = config_from_release(ddconfig)
     model = MergeVQ(config)
-    table = release_keys(config)
-    averaged = any(name.startswith("model_ema.encoder") for name in state_dict)
-    if weights == "ema" and not averaged:
-        raise CheckpointError(
-            "expected averaged weights (model_ema.…) in the checkpoint, found none: ask for weights='raw'"
-        )
-    use_ema = averaged and weights != "raw"
-    ours: dict[str, Tensor] = {}
-    missing = []
-    for name, theirs in table.items():
-        stored = "model_ema." + theirs.replace(".", "") if use_ema else theirs
-        if stored in state_dict:
-            tensor = state_dict[stored].float()
-            # Their 1x1 convolution to the codes is our linear layer.
-            ours[name] = tensor.flatten(1) if name == "encoder.code_out.weight" else tensor
-        else:
-            missing.append(stored)
-    expected = set(table.values())
-    unexpected = [n for n in state_dict if n not in expected and not n.startswith(_NOT_TOKENIZER)]
-    if missing or unexpected:
-        raise CheckpointError(
-            "the checkpoint does not fit its configuration: "
-            f"{len(missing)} tensors missing ({', '.join(missing[:10])}), "
-            f"{len(unexpected)} unexpected ({', '.join(unexpected[:10])})"
-        )
-    load_strict(model, ours, "the checkpoint")
+    table = {ours: (theirs,) for ours, theirs in release_keys(config).items()}
+    tensors = _translate(state_dict, table, weights, lambda name: name.startswith(_NOT_TOKENIZER))
+    # Their 1x1 convolution to the codes is our linear layer.
+    tensors["encoder.code_out.weight"] = tensors["encoder.code_out.weight"].flatten(1)
+    load_strict(model, tensors, "the checkpoint")
+    return model.eval()
+
+
+def generator_from_release(
+    state_dict: Mapping[str, Tensor], config: Mapping[str, Any] | GeneratorConfig, *, weights: Weights = "auto"
+) -> MergeAR:
+    """Returns our generator with the weights of the authors' second stage.
+
+    It computes what theirs does: raster order, causal attention without any merging, no instruction, and a class slot
+    whose queries and keys are zero. It does not know which tokenizer it belongs to.
+
+    Args:
+        state_dict: their tensors by their names (`spatial_blocks.…`), all with or all without `transformer.` before.
+            The tokenizer of a training state (`first_stage_model.…`) and key-value caches left by sampling are left
+            out.
+        config: their options, as in the `transformer_config` of their configuration files, or the whole content of such
+            a file; or a configuration of ours. See `mergevq.generator.release.generator_config_from_release`.
+        weights: as of `tokenizer_from_release`.
+
+    Raises:
+        ConfigError: an option is missing, impossible, or not what the tensors say.
+        CheckpointError: a tensor is missing, unexpected or misshaped.
+    """
+    if not isinstance(config, GeneratorConfig):
+        config = _inside(config, "model", "init_args", "transformer_config", "params")
+    prefix = _GENERATOR if any(name.startswith(_GENERATOR) for name in state_dict) else ""
+    own = {n.removeprefix(prefix): t for n, t in state_dict.items() if n.startswith(prefix)}
+    ours = generator_config_from_release(own, config)
+    table = {name: tuple(prefix + t for t in theirs) for name, theirs in generator_release_keys(ours).items()}
+    tensors = _translate(
+        state_dict, table, weights, lambda name: name.startswith(_NOT_GENERATOR) or is_release_cache(name)
+    )
+    with torch.device("meta"):
+        model = MergeAR(ours)
+    model.to_empty(device="cpu")
+    model.transformer.fill_rotations()
+    load_strict(model, tensors, "the checkpoint")
     return model.eval()
 
 
 def read_release(
-    checkpoint: str | Path, config: str | Path, *, weights: Literal["auto", "ema", "raw"] = "auto"
-) -> MergeVQ:
-    """Returns our tokenizer from the authors' files.
+    checkpoint: str | Path,
+    config: str | Path,
+    *,
+    weights: Weights = "auto",
+    part: Literal["auto", "tokenizer", "generator"] = "auto",
+) -> MergeVQ | MergeAR:
+    """Returns our tokenizer or generator from the authors' files.
 
     Args:
         checkpoint: their `.ckpt`, or a `.safetensors` with their key names.
-        config: their YAML configuration, or a JSON or YAML file with the `ddconfig` alone.
-        weights: see `tokenizer_from_release`.
+        config: their YAML configuration, or a JSON or YAML file with the `ddconfig`, for generators the
+            `transformer_config`, alone.
+        weights: see `tokenizer_from_release`. The tokenizer in a generator's checkpoint is the one that it was trained
+            with, which auto takes as it is.
+        part: what to read; auto is the generator where there is one. The checkpoint of a generator holds its tokenizer
+            too.
 
     Raises:
         ConfigError: the configuration cannot be read.
         CheckpointError: the checkpoint cannot be read, or does not fit.
     """
-    return tokenizer_from_release(_read_checkpoint(Path(checkpoint)), _read_ddconfig(Path(config)), weights=weights)
-
-
-def config_from_release(ddconfig: Mapping[str, Any]) -> TokenizerConfig:
-    """Returns our configuration for the authors' network options. Options without effect on a trained tokenizer are
-    passed over, as their constructor does with what it does not know.
-
-    Raises:
-        ConfigError: an option is missing or impossible.
-    """
-    needed = [name for name in ("z_channels", "resolution", "ch", "ch_mult", "num_att_blocks") if name not in ddconfig]
-    if needed:
-        raise ConfigError(f"expected the network options of the release, {', '.join(needed)} missing")
-    for name in ("in_channels", "out_ch"):
-        if ddconfig.get(name, 3) != 3:
-            raise ConfigError(f"expected {name} 3, got {ddconfig[name]}: only colour images are supported")
-    channels, multipliers = int(ddconfig["ch"]), tuple(int(m) for m in ddconfig["ch_mult"])
-    levels, depth, size = len(multipliers), int(ddconfig["num_att_blocks"]), int(ddconfig["resolution"])
-    blocks = ddconfig.get("num_res_blocks", 2)
-    if isinstance(blocks, int):
-        enc_blocks = (blocks,) * levels
-        dec_blocks = (blocks, *(blocks + int(ddconfig.get("num_res_extra", 1)),) * (levels - 1))
-    else:
-        enc_blocks = dec_blocks = tuple(int(b) for b in blocks)
-    heads, head_dim = int(ddconfig.get("num_heads", 8)), ddconfig.get("head_dim")
-    isotropic = ddconfig.get("isotropic") or 0
-    # True, as well as 1, keeps the width of the convolutional encoder.
-    width = int(isotropic) if int(isotropic) > 1 else channels * multipliers[-1]
-
-    def num_heads(width: int) -> int:
-        return heads if not head_dim else max(width // int(head_dim), heads)
-
-    downsampling = 2 ** (levels - 1)
-    patches = (size // downsampling) ** 2
-    merged = ddconfig.get("merge_num")
-    if merged is None:
-        merged = sum(linear_counts(int(ddconfig.get("merge_ratio") or 0), depth))
-    head = ddconfig.get("dist_head")
-    return TokenizerConfig(
-        image_size=size,
-        num_bits=int(ddconfig["z_channels"]),
-        num_tokens=max(1, patches - int(merged)),
-        encoder=EncoderConfig(
-            kind="vit" if isotropic else "hybrid",
-            channels=channels,
-            multipliers=multipliers,
-            blocks=enc_blocks,
-            patch_size=downsampling,
-            vit_width=width if isotropic else 768,
-            depth=depth,
-            heads=num_heads(width),
-            position="none",
-        ),
-        merging=MergingConfig(overflow="clip", order="merge"),
-        quantizer=QuantizerConfig(norm="none", temperature=0.01, scope="local", eps=1e-5),
-        decoder=DecoderConfig(
-            channels=channels,
-            multipliers=multipliers,
-            blocks=dec_blocks,
-            depth=depth,
-            heads=num_heads(channels * multipliers[-1]),
-        ),
-        recovery=RecoveryConfig(enabled=False),
-        alignment=AlignmentConfig(
-            enabled=bool(head),
-            head="three" if head == "layer3" else "two",
-            teacher_dim=int(ddconfig.get("num_classes") or width),
-            blocks=int(ddconfig.get("num_rep_blocks") or 0),
-            view_tokens="same_count",
-        ),
-    )
-
-
-def release_keys(config: TokenizerConfig) -> dict[str, str]:
-    """Returns the table from our tensor names to the authors', for every tensor of a tokenizer with this
-    configuration.
-    """
-    enc, dec, n = config.encoder, config.decoder, len(config.decoder.multipliers)
-    table = {
-        "encoder.class_token": "encoder.attn.cls_token",
-        **_both("encoder.norm_out", "encoder.norm_out"),
-        **_both("encoder.code_out", "encoder.conv_out"),
-        **_both("decoder.conv_in", "decoder.conv_in"),
-        **_both("decoder.position", "decoder.attn.pos_embed"),
-        **_both("decoder.norm_out", "decoder.norm_out"),
-        **_both("decoder.out", "decoder.conv_out"),
-    }
-    if enc.kind == "vit":
-        table |= _both("encoder.stem.conv", "encoder.conv_in.0") | _both("encoder.stem.norm", "encoder.conv_in.1")
-    else:
-        table["encoder.stem.conv_in.weight"] = "encoder.conv_in.weight"
-        width = enc.channels
-        for i, count in enumerate(enc.blocks):
-            out = enc.channels * enc.multipliers[i]
-            for j in range(count):
-                table |= _residual(f"encoder.stem.levels.{i}.{j}", f"encoder.down.{i}.block.{j}", width != out)
-                width = out
-            if i < n - 1:
-                table |= _both(f"encoder.stem.downsample.{i}", f"encoder.down.{i}.downsample")
-    for i in range(enc.depth):
-        table |= _transformer(f"encoder.blocks.{i}", f"encoder.attn.blocks.{i}")
-    if config.alignment.enabled:
-        for i in range(config.alignment.blocks):
-            table |= _transformer(f"alignment.blocks.{i}", f"encoder.rep_attn.blocks.{i}")
-        for i in (0, 2, 4) if config.alignment.head == "three" else (0, 2, 3):
-            table |= _both(f"alignment.layers.{i}", f"encoder.dist_head.{i}")
-    for i in range(dec.depth):
-        table |= _transformer(f"decoder.blocks.{i}", f"decoder.attn.blocks.{i}")
-        table |= _both(f"decoder.blocks.{i}.mlp.dwconv", f"decoder.attn.blocks.{i}.mlp.dwconv")
-    widths = [dec.channels * m for m in dec.multipliers]
-    for i, count in enumerate(dec.blocks):
-        width = widths[min(i + 1, n - 1)]
-        for j in range(count):
-            table |= _residual(f"decoder.levels.{i}.{j}", f"decoder.up.{i}.block.{j}", width != widths[i])
-            width = widths[i]
-        table |= _both(f"decoder.adaptive.{i}.gamma", f"decoder.adaptive.{i}.gamma")
-        table |= _both(f"decoder.adaptive.{i}.beta", f"decoder.adaptive.{i}.beta")
-        if i > 0:
-            table |= _both(f"decoder.upsample.{i - 1}.conv", f"decoder.up.{i}.upsample.conv1")
-    return table
-
-
-def _both(ours: str, theirs: str) -> dict[str, str]:
-    return {f"{ours}.weight": f"{theirs}.weight", f"{ours}.bias": f"{theirs}.bias"}
-
-
-def _residual(ours: str, theirs: str, shortcut: bool) -> dict[str, str]:
-    table = _both(f"{ours}.norm1", f"{theirs}.norm1") | _both(f"{ours}.norm2", f"{theirs}.norm2")
-    table |= {f"{ours}.{name}.weight": f"{theirs}.{name}.weight" for name in ("conv1", "conv2")}
-    if shortcut:
-        table[f"{ours}.shortcut.weight"] = f"{theirs}.nin_shortcut.weight"
-    return table
-
-
-def _transformer(ours: str, theirs: str) -> dict[str, str]:
-    table = {f"{ours}.ls1": f"{theirs}.ls1.gamma", f"{ours}.ls2": f"{theirs}.ls2.gamma"}
-    for name in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"):
-        table |= _both(f"{ours}.{name}", f"{theirs}.{name}")
-    return table
+    tensors, content = _read_checkpoint(Path(checkpoint)), _read_config(Path(config))
+    if part == "auto":
+        marks = (_GENERATOR, "spatial_blocks.")
+        part = "generator" if any(name.startswith(marks) for name in tensors) else "tokenizer"
+    if part == "generator":
+        return generator_from_release(tensors, content, weights=weights)
+    first = {n.removeprefix(_FIRST_STAGE): t for n, t in tensors.items() if n.startswith(_FIRST_STAGE)}
+    if first and weights == "auto":
+        weights = "raw"
+    ddconfig = _inside(content, "model", "init_args", "first_stage_config", "params", "ddconfig")
+    return tokenizer_from_release(first or tensors, ddconfig, weights=weights)
 
 
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -257,7 +150,7 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
     return content
 
 
-def _read_ddconfig(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"expected the configuration file of the checkpoint, {path} is not there")
     try:
@@ -269,15 +162,60 @@ def _read_ddconfig(path: Path) -> dict[str, Any]:
             except ImportError as error:
                 raise MissingDependencyError("reading YAML needs: pip install 'mergevq[convert]'") from error
             content = yaml.safe_load(path.read_text())
-        content = content.get("model", content)
-        content = content.get("init_args", content)
-        content = content.get("ddconfig", content)
-    except (AttributeError, UnicodeDecodeError, ValueError) as error:
-        raise ConfigError(f"expected YAML or JSON with a ddconfig in {path}, got {type(error).__name__}") from error
+    except (UnicodeDecodeError, ValueError) as error:
+        raise ConfigError(f"expected YAML or JSON in {path}, got {type(error).__name__}") from error
     except Exception as error:
         if type(error).__module__.startswith("yaml"):
-            raise ConfigError(f"expected YAML with a ddconfig in {path}: it cannot be parsed") from error
+            raise ConfigError(f"expected YAML in {path}: it cannot be parsed") from error
         raise
     if not isinstance(content, dict):
-        raise ConfigError(f"expected YAML or JSON with a ddconfig in {path}, got {type(content).__name__}")
+        raise ConfigError(f"expected YAML or JSON with options by name in {path}, got {type(content).__name__}")
     return content
+
+
+def _inside(content: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
+    """Returns what is under these names, one in the other, those that are there."""
+    for name in names:
+        inner = content.get(name, content)
+        if not isinstance(inner, Mapping):
+            raise ConfigError(f"expected options by name under {name}, got {inner!r}")
+        content = inner
+    return content
+
+
+def _translate(
+    state_dict: Mapping[str, Tensor],
+    table: Mapping[str, tuple[str, ...]],
+    weights: Weights,
+    is_other: Callable[[str], bool],
+) -> dict[str, Tensor]:
+    """Returns the authors' tensors in float32 by our names, of theirs exactly those in the table.
+
+    Args:
+        state_dict: theirs.
+        table: our names to theirs; several of theirs become one of ours, one above the other.
+        weights: averaged ones or not.
+        is_other: says which names belong to other networks.
+    """
+    expected = [name for theirs in table.values() for name in theirs]
+    stored = {name: "model_ema." + name.replace(".", "") for name in expected}
+    averaged = any(name in state_dict for name in stored.values())
+    if weights == "ema" and not averaged:
+        raise CheckpointError(
+            "expected averaged weights (model_ema.…) in the checkpoint, found none: ask for weights='raw'"
+        )
+    if not averaged or weights == "raw":
+        stored = {name: name for name in expected}
+    missing = [name for name in stored.values() if name not in state_dict]
+    unexpected = [name for name in state_dict if name not in stored and not is_other(name)]
+    if missing or unexpected:
+        raise CheckpointError(
+            "the checkpoint does not fit its configuration: "
+            f"{len(missing)} tensors missing ({', '.join(missing[:10])}), "
+            f"{len(unexpected)} unexpected ({', '.join(unexpected[:10])})"
+        )
+    parts = {ours: [state_dict[stored[name]].float() for name in theirs] for ours, theirs in table.items()}
+    try:
+        return {ours: torch.cat(p) if len(p) > 1 else p[0] for ours, p in parts.items()}
+    except RuntimeError as error:
+        raise CheckpointError(f"expected tensors that fit one above the other: {error}") from error

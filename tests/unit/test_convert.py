@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from mergevq import presets
-from mergevq.convert import config_from_release, read_release, release_keys, tokenizer_from_release
+from mergevq.convert import read_release, tokenizer_from_release
 from mergevq.errors import CheckpointError, ConfigError
 from mergevq.tokenizer.model import MergeVQ
+from mergevq.tokenizer.release import config_from_release, release_keys
 
 SMALL = {
     "double_z": False,
