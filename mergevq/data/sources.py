@@ -1,12 +1,16 @@
 """From the words of a configuration to data sets: what a run trains on, and what it is measured on."""
 
 from pathlib import Path
+from typing import Literal
 
 from mergevq.data.embedded import EmbeddedImages
 from mergevq.data.folder import ImageFolder
 
 EMBEDDED = "embedded"
 """Stands for the images that come with the package, wherever a folder is asked for."""
+
+Split = Literal["train", "val", "all"]
+"""Which images of a source: those that a training on it trains on, those it holds out, or both."""
 
 _HELD_OUT = ("val", "validation", "test")
 
@@ -56,3 +60,21 @@ def evaluation_images(source: str | Path | ImageFolder, classes: tuple[str, ...]
         return EmbeddedImages("val")
     images = ImageFolder(source, classes=classes)
     return next((images.part(name) for name in _HELD_OUT if name in images.parts), images)
+
+
+def images_of_split(source: str | Path, split: Split, val_fraction: float = 0.02) -> ImageFolder:
+    """Returns the images that training on `source` trains on, those it holds out, or all.
+
+    Args:
+        source: a folder, a .zip, a pattern that names several .zip files, or "embedded".
+        split: "train", "val" or "all". All have the same class numbers.
+        val_fraction: share that is held out of a source without held-out images of its own.
+
+    Raises:
+        DataError: the source is missing, empty or broken.
+        ConfigError: the share is not between 0 and 1.
+    """
+    if split == "all":
+        return ImageFolder(EmbeddedImages("val").root, cache=True) if source == EMBEDDED else ImageFolder(source)
+    train, val = training_and_validation(source, val_fraction=val_fraction)
+    return train if split == "train" else val
