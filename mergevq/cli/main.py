@@ -22,6 +22,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "encode": ("mergevq.cli.encode:encode", "images to a token file"),
     "decode": ("mergevq.cli.decode:decode", "a token file to images"),
     "show": ("mergevq.cli.show:show", "which patches became one token, and what comes back, as a picture"),
+    "cache-tokens": ("mergevq.cli.cache_tokens:cache_tokens", "a data set to tokens that generators train on"),
     "train tokenizer": ("mergevq.cli.train:train_tokenizer", "train a tokenizer on a folder of images"),
     "eval reconstruction": ("mergevq.cli.eval:eval_reconstruction", "measure what encoding and decoding loses"),
     "convert": ("mergevq.cli.convert:convert", "a checkpoint of the authors' release to a model file"),

@@ -265,7 +265,7 @@ class TokenCache:
                 f"({', '.join(wrong[:3])}): encode the images again"
             )
         self._maps[shard] = arrays
-        if len(self._maps) > _OPEN_SHARDS:
+        while len(self._maps) > _OPEN_SHARDS:
             self._maps.popitem(last=False)
         return arrays
 
