@@ -3,16 +3,14 @@
 import difflib
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
 import torch
-from torch import nn
 
-from mergevq.errors import CheckpointError, ConfigError
+from mergevq.errors import CheckpointError, ConfigError, ShapeError
 from mergevq.files import find_model_file, read_header, shipped_names
 from mergevq.generator.config import GeneratorConfig
 from mergevq.sampling import image_seeds
@@ -246,17 +244,9 @@ def in_batches(
     return MergedTokens.join(parts), total
 
 
-@contextmanager
-def sampling_mode(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Without gradients or dropout, in float32 or under autocast to `dtype` whatever surrounds it."""
-    training, device = model.training, next(model.parameters()).device.type
-    lower = dtype is not None and dtype != torch.float32
-    model.eval()
-    try:
-        with torch.no_grad(), torch.autocast(device, dtype=dtype if lower else torch.bfloat16, enabled=lower):
-            yield
-    finally:
-        model.train(training)
+def non_finite(what: str = "the logits") -> ShapeError:
+    """Returns the error for numbers that are not finite."""
+    return ShapeError(f"expected finite numbers in {what}, got NaN or infinity: the model's weights are damaged")
 
 
 # ------------------------------------------------------------------------------------------------------------- loading

@@ -3,6 +3,8 @@
 import copy
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
 
@@ -69,6 +71,20 @@ class Generator(nn.Module):
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
+    @contextmanager
+    def sampling_mode(self, dtype: torch.dtype | None) -> Iterator[Transformer]:
+        """Gives the transformer without gradients and dropout, in float32 or under autocast to `dtype`, whatever
+        surrounds it.
+        """
+        training, device = self.training, self.device.type
+        lower = dtype is not None and dtype != torch.float32
+        self.eval()
+        try:
+            with torch.no_grad(), torch.autocast(device, dtype=dtype if lower else torch.bfloat16, enabled=lower):
+                yield _lowered(self.transformer, dtype) if dtype is not None and lower else self.transformer
+        finally:
+            self.train(training)
+
     def save_pretrained(
         self, path: str | Path, *, step: int = 0, force: bool = False, dtype: torch.dtype | None = None
     ) -> Path:
@@ -130,6 +146,19 @@ class Generator(nn.Module):
         model.transformer.fill_rotations()
         load_strict(model, tensors, str(path))
         return model.to(device).eval()
+
+
+def _lowered(transformer: Transformer, dtype: torch.dtype) -> Transformer:
+    """Returns the transformer with the weights of linear layers in another type, as autocast would convert them in
+    every step; the others are shared.
+    """
+    with torch.device("meta"):
+        copy = Transformer(transformer.config)
+    linear = {f"{name}.weight" for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+    weights = {name: w.to(dtype) if name in linear else w for name, w in transformer.state_dict().items()}
+    copy.load_state_dict(weights, assign=True)
+    copy.rotation, copy.group_rotation = transformer.rotation, transformer.group_rotation
+    return copy.eval()
 
 
 def read_config(header: dict[str, str], path: Path) -> GeneratorConfig:
