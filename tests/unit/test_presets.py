@@ -78,7 +78,9 @@ def test_a_misspelt_preset_names_its_neighbours() -> None:
 def test_every_field_of_a_run_is_read_somewhere() -> None:
     root = Path(mergevq.__file__).parent
     code = "\n".join(
-        p.read_text() for p in root.rglob("*.py") if p.name not in ("config.py", "presets.py", "release.py")
+        p.read_text()
+        for p in root.rglob("*.py")
+        if p.name not in ("config.py", "release.py") and not p.name.endswith("presets.py")
     )
     own = (root / "tokenizer" / "config.py").read_text()
 
