@@ -211,30 +211,52 @@ def plain_loop(
     return index[0].tolist()
 
 
+def generated(model: MergeAR, cache: str, **options: object) -> list[list[int]]:
+    return model.generate(cache=cache, chunk=5, **options).full_index().tolist()  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("scales", [(1.9, 2.0), (4.0, 1.0)])
 def test_guided_greedy_sampling(scales: tuple[float, float]) -> None:
     state = release_state(seed=3)
-    model = generator_from_release(state, OPTIONS)
-    pre, post = Release(state, OPTIONS).sample(2, scales, lambda position, group, logits: int(logits.argmax()))
-    expected = [a + 8 * b for a, b in zip(pre, post, strict=True)]
-    assert len(set(expected)) > 3
+    model, reference = generator_from_release(state, OPTIONS), Release(state, OPTIONS)
+    expected = []
+    for label in (2, 0):
+        pre, post = reference.sample(label, scales, lambda position, group, logits: int(logits.argmax()))
+        expected.append([a + 8 * b for a, b in zip(pre, post, strict=True)])
+        assert len(set(expected[-1])) > 3
     greedy = plain_loop(model, 2, scales, lambda position, group, logits: draw(filter_logits(logits, 0), torch.ones(1)))
-    assert greedy == expected
+    assert greedy == expected[0]
+    for cache in ("full", "merge"):
+        assert generated(model, cache, classes=[2, 0], guidance=scales, temperature=0) == expected
 
 
-def test_guided_filtered_sampling() -> None:
-    state = release_state(seed=4)
-    model = generator_from_release(state, OPTIONS)
+@pytest.mark.parametrize("options", [OPTIONS, OPTIONS | {"n_kv_head": 1, "n_head": 2}])
+def test_guided_filtered_sampling(options: dict) -> None:
+    state = release_state(options, seed=4)
+    model, reference = generator_from_release(state, options), Release(state, options)
     scales, settings = (1.9, 2.0), ((1.1, 5, 0.9), (1.0, 0, 0.8))
     noise = image_uniforms(77, STEPS, 2)
 
     def choose(position: int, group: int, logits: Tensor) -> int:
         return plain_draw(plain_filter(logits.tolist(), *settings[group]), noise[position, group].item())
 
-    pre, post = Release(state, OPTIONS).sample(1, scales, choose)
+    pre, post = reference.sample(1, scales, choose)
     expected = [a + 8 * b for a, b in zip(pre, post, strict=True)]
     assert len(set(expected)) > 5
     ours = plain_loop(
         model, 1, scales, lambda p, group, x: draw(filter_logits(x, *settings[group]), noise[p, group].view(1))
     )
     assert ours == expected
+    temperature, top_k, top_p = zip(*settings, strict=True)
+    filters = {"guidance": scales, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    assert generated(model, "full", classes=[1], seeds=[77], **filters) == [expected]
+    assert generated(model, "full", classes=[3, 1], seeds=[5, 77], **filters)[1] == expected
+
+
+def test_unguided_sampling_takes_one_branch() -> None:
+    state = release_state(seed=5)
+    model, reference = generator_from_release(state, OPTIONS), Release(state, OPTIONS)
+    for scale, label, classes in ((1.0, 3, [3]), (0.0, OPTIONS["class_num"], [3]), (4.0, OPTIONS["class_num"], None)):
+        pre, post = reference.sample(label, (1.0, 1.0), lambda position, group, logits: int(logits.argmax()))
+        expected = [[a + 8 * b for a, b in zip(pre, post, strict=True)]]
+        assert generated(model, "full", classes=classes, guidance=scale, temperature=0) == expected
