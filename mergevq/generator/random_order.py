@@ -1,63 +1,22 @@
 """RandomAR: only the K kept tokens, in any order of ranks, several at a time if wanted."""
 
-import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import groupby
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mergevq.errors import ConfigError
 from mergevq.generator.config import GeneratorConfig
+from mergevq.generator.generate import GenerationStats, Request, default_batch_size, in_batches, resolve_request
 from mergevq.generator.model import Generator
-from mergevq.generator.transformer import Instruction
+from mergevq.generator.parallel import Plan, decode_in_parallel, group_sizes, next_group
+from mergevq.generator.transformer import Instruction, Transformer
 from mergevq.layers.rotary import rotation_1d
-
-
-def group_sizes(num_tokens: int, steps: int) -> tuple[int, ...]:
-    """Returns how many tokens each step of parallel decoding samples: few at first, more the more is known.
-
-    After step s of S, K (1 - cos(pi s / 2S)) tokens are done, but at least one more than before, and always so few that
-    each step to come has one.
-
-    Args:
-        num_tokens: K.
-        steps: S, 1 .. K; K is one at a time.
-
-    Raises:
-        ConfigError: steps is out of range.
-
-    Reference: the schedule of RandAR (arXiv 2412.01827), which MergeVQ section 4.2 samples with.
-    """
-    if not 1 <= steps <= num_tokens:
-        raise ConfigError(f"expected steps in 1..{num_tokens}, the number of tokens, got {steps}")
-    done, sizes = 0, []
-    for step in range(1, steps + 1):
-        wanted = round(num_tokens * (1 - math.cos(math.pi / 2 * step / steps)))
-        after = min(max(wanted, done + 1), num_tokens - (steps - step))
-        sizes.append(after - done)
-        done = after
-    return tuple(sorted(sizes))  # Rounding may have put a larger step before a smaller one.
-
-
-def step_bias(
-    begin: int, first: int, end: int, capacity: int, device: torch.device | str | None = None
-) -> Float[Tensor, "1 1 T S"]:
-    """Returns what the slots fed in one step of parallel decoding see, 0 or -inf: T = end - begin, S = `capacity`.
-
-    Slots from `begin` to `first` are finished pairs (or the prefix) and see every slot up to their own. Those from
-    `first` to `end` are instructions whose tokens are sampled now: each sees what is finished and itself.
-
-    Args:
-        begin: first slot fed.
-        first: first of the instructions.
-        end: behind the last slot fed.
-        capacity: slots of the cache.
-        device: where to make it.
-    """
-    slot = torch.arange(begin, end, device=device)[:, None]
-    key = torch.arange(capacity, device=device)
-    seen: Bool[Tensor, "T S"] = (key <= slot) & ((key < first) | (key == slot))
-    return torch.zeros(seen.shape, device=device).masked_fill(~seen, -torch.inf)[None, None]
+from mergevq.sampling import GuidanceSchedule, Number, SamplingOptions, image_uniforms
+from mergevq.tokens import MergedTokens
 
 
 class RandomAR(Generator):
@@ -105,6 +64,140 @@ class RandomAR(Generator):
         rank = order.argsort(1)
         return transformer.group_logits(hidden.gather(1, rank[..., None].expand_as(hidden)), index)
 
+    def generate(
+        self,
+        classes: Sequence[int | str] | None = None,
+        *,
+        num_images: int | None = None,
+        num_tokens: int | Sequence[int] | None = None,
+        steps: int | None = None,
+        guidance: Number | Sequence[Number] = 1.0,
+        guidance_schedule: GuidanceSchedule = "constant",
+        guidance_power: Number = 1.0,
+        guidance_interval: tuple[Number, Number] = (0.0, 1.0),
+        temperature: Number | Sequence[Number] = 1.0,
+        top_k: int | Sequence[int] = 0,
+        top_p: Number | Sequence[Number] = 1.0,
+        rng: torch.Generator | None = None,
+        seeds: Sequence[int] | None = None,
+        batch_size: int | None = None,
+        compile: bool = False,
+        dtype: torch.dtype | None = None,
+        on_images: Callable[[int], None] | None = None,
+    ) -> MergedTokens:
+        """Returns generated tokens, on the generator's device, without a source map: `MergeVQ.decode` predicts it.
+
+        Args:
+            classes: numbers or names, one image each; None is unconditional.
+            num_images: how many, without classes; 1 by default.
+            num_tokens: K of all images or of each, 1 .. L. None is `config.num_tokens`.
+            steps: passes through the network for each batch, 1 .. K; fewer than K sample several tokens at once, see
+                `parallel.group_sizes`. None is K; the paper takes K / 4.
+            guidance: scale of classifier-free guidance; 1 is off, 0 is unconditional. This and the filters below take
+                one value, or one for each bit group, the lowest bits first.
+            guidance_schedule: how the scale moves from the first token to the last, see `sampling.guidance_scale`; the
+                tokens of one step share that of the first of them.
+            guidance_power: of schedule power_cosine.
+            guidance_interval: of schedule interval.
+            temperature: divides the logits; 0 takes the most probable.
+            top_k: draw from so many most probable values only; 0 is all.
+            top_p: draw from the most probable values that have this probability together; 1 is all.
+            rng: gives each image its seed; None takes torch's own of the CPU.
+            seeds: the seeds, one an image. An image's order of ranks depends on its seed and K, the noise of a rank on
+                the seed, and neither on the batch or `steps`.
+            batch_size: images at a time, all of equal K; None is `generate.default_batch_size`.
+            compile: compile the step with torch.compile, which pays off for many images.
+            dtype: arithmetic of the network, such as torch.bfloat16. None is float32, also inside autocast.
+            on_images: called after each batch with its number of images.
+
+        Raises:
+            ConfigError: an argument is out of range.
+            ShapeError: the network's numbers are not finite.
+        """
+        tokens, _ = self.generate_with_stats(
+            classes,
+            num_images=num_images,
+            num_tokens=num_tokens,
+            steps=steps,
+            guidance=guidance,
+            guidance_schedule=guidance_schedule,
+            guidance_power=guidance_power,
+            guidance_interval=guidance_interval,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            rng=rng,
+            seeds=seeds,
+            batch_size=batch_size,
+            compile=compile,
+            dtype=dtype,
+            on_images=on_images,
+        )
+        return tokens
+
+    def generate_with_stats(
+        self,
+        classes: Sequence[int | str] | None = None,
+        *,
+        num_images: int | None = None,
+        num_tokens: int | Sequence[int] | None = None,
+        steps: int | None = None,
+        guidance: Number | Sequence[Number] = 1.0,
+        guidance_schedule: GuidanceSchedule = "constant",
+        guidance_power: Number = 1.0,
+        guidance_interval: tuple[Number, Number] = (0.0, 1.0),
+        temperature: Number | Sequence[Number] = 1.0,
+        top_k: int | Sequence[int] = 0,
+        top_p: Number | Sequence[Number] = 1.0,
+        rng: torch.Generator | None = None,
+        seeds: Sequence[int] | None = None,
+        batch_size: int | None = None,
+        compile: bool = False,
+        dtype: torch.dtype | None = None,
+        on_images: Callable[[int], None] | None = None,
+    ) -> tuple[MergedTokens, GenerationStats]:
+        """Returns what `generate` returns, and what it cost; arguments and errors are the same."""
+        config = self.config
+        options = SamplingOptions(
+            temperature, top_k, top_p, guidance, guidance_schedule, guidance_power, guidance_interval
+        )
+        options.check(len(config.groups))
+        request = resolve_request(config, classes, num_images, num_tokens, rng, seeds)
+        if steps is not None:
+            group_sizes(min(request.num_tokens), steps)
+        kind = options.branches(len(config.groups))
+        if classes is None or kind == "unconditional":
+            request = replace(request, classes=(config.num_classes,) * len(request))
+            kind = "unconditional"
+        plan = Plan(
+            options,
+            2 if kind == "both" else 1,
+            steps,
+            torch.compile(next_group, fullgraph=True, dynamic=True) if compile else next_group,
+            dtype or torch.float32,
+        )
+        if batch_size is None:
+            batch_size = default_batch_size(config, plan.branches, self.device, plan.dtype.itemsize)
+        # Images of equal K are sampled together, then put back in their places.
+        places = sorted(range(len(request)), key=request.num_tokens.__getitem__)
+        columns = (request.classes, request.num_tokens, request.seeds)
+        ordered = Request(*(tuple(column[place] for place in places) for column in columns))
+        parts, total, start = [], GenerationStats(0, 0.0, 0), 0
+        with self.sampling_mode(dtype) as transformer:
+            for _, equal in groupby(ordered.num_tokens):
+                stop = start + len([*equal])
+                part, stats = in_batches(
+                    ordered.part(start, stop),
+                    batch_size,
+                    lambda batch: self._sample_batch(transformer, batch, plan),
+                    on_images,
+                )
+                parts.append(part)
+                total, start = total.plus(stats), stop
+        tokens = MergedTokens.join(parts)
+        back = torch.tensor(places, device=tokens.index.device).argsort()
+        return replace(tokens, index=tokens.index[back], num_tokens=tokens.num_tokens[back]), total
+
     # ---------------------------------------------------------------------------------------------------------- private
 
     def _instructions(self, ranks: Int[Tensor, "B T"], num_tokens: Int[Tensor, " B"]) -> Float[Tensor, "B T D"]:
@@ -118,3 +211,32 @@ class RandomAR(Generator):
         prefix = self.transformer.rotation[: config.prefix_length].expand(order.shape[0], -1, -1, -1)
         pairs = rotation_1d(order.repeat_interleave(2, 1), config.head_width, config.rotary_base)
         return torch.cat([prefix, pairs], 1)
+
+    def _sample_batch(
+        self, transformer: Transformer, request: Request, plan: Plan
+    ) -> tuple[MergedTokens, GenerationStats]:
+        """Samples images of equal K."""
+        began = time.perf_counter()
+        config, device, num_tokens = self.config, self.device, request.num_tokens[0]
+        groups = len(config.groups)
+        # One more column of noise puts the ranks in order: drawn from the same seed, yet independent of the others.
+        noise = torch.stack([image_uniforms(seed, num_tokens, groups + 1) for seed in request.seeds])
+        order = noise[..., -1].argsort(stable=True, dim=1)
+        uniforms = noise[..., :-1].gather(1, order[..., None].expand(-1, -1, groups)).to(device)
+        order = order.to(device)
+        # The branch without classes comes after the one with them.
+        nobody = (config.num_classes,) * len(request)
+        classes = torch.tensor(request.classes + nobody * (plan.branches - 1), device=device)
+        counts = torch.full_like(classes, num_tokens)
+        decoded = decode_in_parallel(
+            transformer,
+            transformer.prefix(classes, counts),
+            self._instructions(order, counts[: len(request)]),
+            self._rotation(order),
+            uniforms,
+            plan,
+        )
+        index = torch.zeros_like(order).scatter(1, order, decoded.index)
+        tokens = MergedTokens(index, None, config.grid, config.num_bits, config.tokenizer)
+        cost = (decoded.forwards, decoded.cache_bytes, decoded.cache_slots)
+        return tokens, GenerationStats(len(request), time.perf_counter() - began, *cost)

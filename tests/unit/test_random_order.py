@@ -1,13 +1,24 @@
-"""Random order: the sequence of training, and parallel decoding against forwards that remember nothing."""
+"""Random order: what a token sees in training, how many each step samples, and generation as a user meets it."""
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
-from mergevq.errors import ConfigError
+from mergevq.errors import CheckpointError, ConfigError, ShapeError
 from mergevq.generator.config import GeneratorConfig
-from mergevq.generator.random_order import RandomAR, group_sizes
+from mergevq.generator.generate import load_generator
+from mergevq.generator.parallel import group_sizes, next_group
+from mergevq.generator.random_order import RandomAR
+from mergevq.quantize import split_index
+from mergevq.sampling import image_uniforms
+from mergevq.tokenizer.model import MergeVQ
+from mergevq.tokens import load_tokens, save_tokens
 
 NUM_CLASSES = 3
 NUM_PATCHES = 12
@@ -138,3 +149,218 @@ def test_padding_gets_no_gradient_when_its_logits_are_left_out(model: RandomAR) 
     padding = {int(i) >> 2 for i in index[~real]} - used
     assert padding and all(gradient[i].count_nonzero() == 0 for i in padding)
     assert all(math.isfinite(v) for v in gradient.flatten().tolist())
+
+
+# ---------------------------------------------------------------------------------------------------------- generation
+
+
+def test_the_result_has_k_tokens_and_no_source(model: RandomAR) -> None:
+    for k in range(1, NUM_PATCHES + 1):
+        tokens = model.generate(classes=[1], num_tokens=k, steps=min(3, k), seeds=[k])
+        assert tokens.num_tokens.tolist() == [k] and tokens.index.shape == (1, k)
+        assert tokens.source is None and tokens.grid == (3, 4) and tokens.num_bits == 6
+    assert model.generate(num_images=2).num_tokens.tolist() == [9, 9]
+
+
+def test_images_depend_on_their_seed_alone(model: RandomAR) -> None:
+    """Not on the batch, its size, the other images, or where among them an image stands."""
+    classes, counts, seeds = [0, 1, 2, 0, 1], [5, 12, 5, 1, 12], [7, 8, 9, 10, 11]
+    options: dict[str, Any] = {"guidance": 1.7, "steps": 1}
+    together = model.generate(classes=classes, num_tokens=counts, seeds=seeds, **options)
+    assert together.num_tokens.tolist() == counts
+    small = model.generate(classes=classes, num_tokens=counts, seeds=seeds, batch_size=1, **options)
+    assert together.equal(small)
+    for row, k in enumerate(counts):
+        alone = model.generate(classes=classes[row : row + 1], num_tokens=k, seeds=seeds[row : row + 1], **options)
+        assert together[row].equal(alone)
+    assert not torch.equal(together.index[1], together.index[4])
+
+
+def test_rng_gives_the_seeds(model: RandomAR) -> None:
+    def run(seed: int) -> torch.Tensor:
+        return model.generate(num_images=3, rng=torch.Generator().manual_seed(seed)).index
+
+    assert torch.equal(run(0), run(0))
+    assert not torch.equal(run(0), run(1))
+
+
+def test_temperature_0_is_determined_by_the_order(model: RandomAR) -> None:
+    """Seeds that put three ranks in the same order give the same tokens, whatever their noise."""
+    seeds: dict[tuple[int, ...], list[int]] = {}
+    for seed in range(30):
+        order = image_uniforms(seed, 3, 3)[:, -1].argsort(stable=True)
+        seeds.setdefault(tuple(order.tolist()), []).append(seed)
+    assert len(seeds) == 6
+    firsts = []
+    for same in seeds.values():
+        tokens = model.generate(classes=[1] * len(same), num_tokens=3, temperature=0, seeds=same)
+        assert len(same) > 1 and (tokens.index == tokens.index[0]).all()
+        firsts.append(tokens.index[0])
+    # The order does make a difference to this model.
+    assert len(torch.stack(firsts).unique(dim=0)) > 1
+
+
+def test_order_and_noise_are_independent() -> None:
+    """The rank that comes first says nothing about the noise of its own draws, though one seed gives both."""
+    noise = torch.stack([image_uniforms(seed, 8, 3) for seed in range(2000)])
+    first = noise[..., -1].argmin(1)
+    mean = noise[torch.arange(2000), first, :2].mean(0)
+    assert (mean - 0.5).abs().max() < 4 * math.sqrt(1 / 12 / 2000)
+
+
+def test_guidance_0_and_no_classes_are_one(model: RandomAR) -> None:
+    options: dict[str, Any] = {"num_tokens": 6, "seeds": [1, 2], "steps": 4}
+    unconditional = model.generate(num_images=2, **options)
+    assert torch.equal(model.generate(classes=[0, 1], guidance=0, **options).index, unconditional.index)
+    assert torch.equal(model.generate(num_images=2, guidance=3.0, **options).index, unconditional.index)
+    assert not torch.equal(model.generate(classes=[0, 1], **options).index, unconditional.index)
+
+
+def test_costs(model: RandomAR) -> None:
+    seen: list[int] = []
+    _, stats = model.generate_with_stats(
+        classes=[0, 1, 2, 0, 1], num_tokens=[12, 5, 12, 12, 5], steps=4, guidance=2.0, batch_size=2, seeds=range(5),
+        on_images=seen.append,
+    )  # fmt: skip
+    assert sorted(seen) == [1, 2, 2] and stats.images == 5
+    assert stats.forwards == 12  # 4 steps of 3 batches.
+    assert stats.cache_slots == 2 + 2 * 12 - 1
+    # Keys and values, 2 blocks, 2 images with guidance, 2 heads of 8 channels in float32.
+    assert stats.cache_bytes == 2 * 2 * 4 * 2 * 25 * 8 * 4
+    assert stats.seconds > 0
+
+
+def test_generating_leaves_the_model_as_it_was(model: RandomAR) -> None:
+    names = set(vars(model.transformer))
+    model.train()
+    before = torch.get_rng_state()
+    tokens = model.generate(classes=[0], seeds=[3])
+    assert model.training and torch.equal(torch.get_rng_state(), before)
+    model.eval()
+    assert tokens.equal(model.generate(classes=[0], seeds=[3]))
+    assert set(vars(model.transformer)) == names
+
+
+def test_half_precision_follows_float32(model: RandomAR) -> None:
+    options: dict[str, Any] = {"classes": [0, 1, 2], "seeds": [1, 2, 3], "temperature": 0.1, "steps": 5}
+    lower = model.generate(dtype=torch.bfloat16, **options)
+    assert (lower.index == model.generate(**options).index).float().mean() > 0.5
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.generate(**options).equal(model.generate(dtype=torch.float32, **options))
+
+
+def test_tokens_are_drawn_by_the_tokenizer(tiny_tokenizer: MergeVQ, tmp_path: Path) -> None:
+    """K = L needs no map; fewer tokens are placed by recovery; a file carries both."""
+    config = GeneratorConfig(
+        order="random", grid=(8, 8), num_bits=6, groups=(3, 3), num_classes=2, num_tokens=20, width=16, depth=1,
+        group_depth=1, heads=2, ffn_multiple=16, tokenizer=tiny_tokenizer.fingerprint(),
+    )  # fmt: skip
+    generator = RandomAR(config).eval()
+    tokens = generator.generate(classes=[0, 1, 1], num_tokens=[20, 64, 5], seeds=[1, 2, 3], steps=5)
+    save_tokens(tmp_path / "generated.mvq", tokens)
+    loaded = load_tokens(tmp_path / "generated.mvq", expect_tokenizer=tiny_tokenizer.fingerprint())
+    assert loaded.equal(tokens)
+    assert torch.equal(tiny_tokenizer.decode(loaded), tiny_tokenizer.decode(tiny_tokenizer.recover(tokens)))
+
+
+def test_saving_and_loading(model: RandomAR, tmp_path: Path) -> None:
+    path = model.save_pretrained(tmp_path)
+    for loaded in (RandomAR.from_pretrained(tmp_path), load_generator(path)):
+        assert isinstance(loaded, RandomAR)
+        assert loaded.generate(classes=[2], seeds=[0]).equal(model.generate(classes=[2], seeds=[0]))
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, r"expected steps in 1\.\.9.*got 0"),
+        ({"steps": 10}, r"expected steps in 1\.\.9.*got 10"),
+        ({"num_images": 2, "num_tokens": [12, 4], "steps": 5}, r"expected steps in 1\.\.4.*got 5"),
+        ({"num_tokens": 0}, r"expected num_tokens in 1\.\.12, got 0"),
+        ({"num_tokens": 13}, r"expected num_tokens in 1\.\.12, got .*13"),
+        ({"classes": [3]}, r"expected classes 0\.\.2, got 3"),
+        ({"guidance": -1.0}, "guidance"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_k": (1, 2, 3)}, "top_k"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"seeds": [1, 2]}, "seeds"),
+    ],
+)
+def test_bad_input_gets_one_line(model: RandomAR, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        model.generate(**options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_raster_configuration_or_file_is_refused(model: RandomAR, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected order random, got raster: build MergeAR"):
+        RandomAR(replace(model.config, order="raster"))
+    from mergevq.generator.raster import MergeAR
+
+    path = model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"expected a generator of order raster.*load it with RandomAR"):
+        MergeAR.from_pretrained(path)
+
+
+def test_damaged_weights_are_noticed(model: RandomAR) -> None:
+    damaged = RandomAR(model.config).eval()
+    damaged.rank_instruction.vector.data[0] = torch.nan
+    with pytest.raises(ShapeError, match="expected finite numbers in the logits, got NaN"):
+        damaged.generate(num_images=2, steps=2)
+
+
+# ------------------------------------------------------------------------------------------------------------- learning
+
+
+def test_it_learns_four_images_by_heart() -> None:
+    """Trained on random orders of four images with a class each, it reproduces them in any order it is asked."""
+    config = GeneratorConfig(
+        order="random", grid=(3, 3), num_bits=4, groups=(2, 2), num_classes=4, num_tokens=8, width=32, depth=2,
+        group_depth=1, heads=4, ffn_multiple=16, token_dropout=0.0, dropout=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = RandomAR(config)
+    rng = torch.Generator().manual_seed(1)
+    counts = torch.tensor([8, 8, 5, 3])
+    real = torch.arange(8) < counts[:, None]
+    index = torch.randint(16, (4, 8), generator=rng) * real
+    classes = torch.arange(4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
+    for _ in range(150):
+        # Padding sorts behind every rank.
+        order = (torch.rand(4, 8, generator=rng) + 2 * ~real).argsort(1)
+        logits = model(index, classes, counts, order)
+        parts = split_index(index, config.groups)
+        loss = sum(cross_entropy(part[real], parts[..., group][real]) for group, part in enumerate(logits))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for seed in range(3):
+        tokens = model.generate(
+            classes=classes.tolist(), num_tokens=counts.tolist(), temperature=0, seeds=range(seed, seed + 4)
+        )
+        assert torch.equal(tokens.index, index)
+
+
+# ------------------------------------------------------------------------------------------------------------- compiled
+
+
+@pytest.mark.compile
+def test_a_step_compiles_as_one_graph(model: RandomAR, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step of every batch, whatever its sizes, within torch's limit of recompilations."""
+    asked: list[bool] = []
+
+    def compiler(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        asked.append(function is next_group and options["fullgraph"])
+        return real(function, backend="eager", **options)
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", compiler)
+    for options in ({"steps": 5}, {}, {"guidance": 2.0, "guidance_schedule": "linear", "steps": 3}):
+        arguments: dict[str, Any] = {"classes": [0, 1, 2], "num_tokens": [12, 9, 12], "seeds": [1, 2, 3], **options}
+        assert model.generate(compile=True, **arguments).equal(model.generate(**arguments))
+    assert asked == [True] * 3
