@@ -21,11 +21,14 @@ def info(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE
     kind = header.get("mergevq", "")
     if kind.startswith("tokenizer/"):
         lines = _describe_model(path)
+    elif kind.startswith("generator/"):
+        lines = _describe_generator(path)
     elif kind.startswith("tokens/"):
         lines = _describe_tokens(path)
     else:
         raise CheckpointError(
-            f"{path}: expected a tokenizer or a token file, got {kind or 'a safetensors file of another origin'}: "
+            f"{path}: expected a tokenizer, a generator or a token file, "
+            f"got {kind or 'a safetensors file of another origin'}: "
             "checkpoints of the release need `mergevq convert`"
         )
     lines = {"file": f"{path}, {path.stat().st_size:,} bytes", "kind": kind, "mergevq": header["version"], **lines}
@@ -52,6 +55,33 @@ def _describe_model(path: Path) -> dict[str, str]:
         "decoder": f"{dec.depth} attention blocks of width {dec.width}",
         "merging": f"{config.merging.schedule}, {config.merging.overflow}, {config.merging.order} order",
         "parameters": ", ".join(f"{name} {count:,}" for name, count in counts.items()),
+    }
+
+
+def _describe_generator(path: Path) -> dict[str, str]:
+    from mergevq.files import read_header
+    from mergevq.generator.generate import load_generator
+
+    gen = load_generator(path)
+    config, mask = gen.config, gen.config.mask
+    order = "random order of the kept tokens"
+    if config.order == "raster":
+        seen = f"merge mask of {mask.recent} recent, {mask.keep} of each kind" if mask.recent else "plain causal mask"
+        order = f"raster order, {seen}"
+    low, high = config.trained_num_tokens
+    names = f": {', '.join(config.class_names[:10])}" if config.class_names else ""
+    return {
+        "fingerprint": gen.fingerprint(),
+        "trained": f"{json.loads(read_header(path).get('step', '0')):,} steps",
+        "order": order,
+        "tokenizer": config.tokenizer or "unknown",
+        "tokens": f"{config.num_bits} bits in groups of {', '.join(map(str, config.groups))}, "
+        f"{config.grid[0]} x {config.grid[1]} patches",
+        "kept tokens": f"{config.num_tokens} unless asked otherwise, "
+        f"trained on {low} to {min(high, config.num_patches)}",
+        "classes": f"{config.num_classes or 'none'}{names}{', ...' if len(config.class_names) > 10 else ''}",
+        "network": f"{config.depth} + {config.group_depth} blocks of width {config.width}, {config.heads} heads",
+        "parameters": f"{sum(p.numel() for p in gen.parameters()):,}",
     }
 
 

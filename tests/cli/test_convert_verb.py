@@ -63,6 +63,9 @@ def test_the_generator_is_converted_unless_its_tokenizer_is_asked_for(
     said = capsys.readouterr().out
     assert f"generator {gen.fingerprint()[:12]}" in said
     assert f"{sum(p.numel() for p in gen.parameters()):,} parameters" in said
+    assert main(["info", str(tmp_path / "g.safetensors")]) == 0
+    said = capsys.readouterr().out
+    assert gen.fingerprint() in said and "plain causal mask" in said and "10 bits in groups of 4, 6" in said
     assert main([*command, str(tmp_path / "t.safetensors"), "--part", "tokenizer"]) == 0
     tok = MergeVQ.from_pretrained(tmp_path / "t.safetensors")
     assert f"tokenizer {tok.fingerprint()[:12]}" in capsys.readouterr().out

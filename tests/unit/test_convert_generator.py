@@ -1,7 +1,8 @@
 """Reading the authors' generators: options against tensors, strict both ways, out of any of their files."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,25 @@ def test_configuration_is_that_of_the_release() -> None:
         dropout=0.3,
         mask=MaskConfig(recent=None),
     )
+
+
+def test_the_table_of_converted_fields_is_the_conversion() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "differences.md").read_text()
+    section = text.split("## Converted checkpoints")[1].split("### Generators")[1].split("###")[0]
+    rows = {
+        cells[0]: cells[1:3]
+        for cells in ([cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in section.splitlines())
+        if len(cells) == 4
+    }
+    converted = generator_from_release(release_state(), OPTIONS).config
+    for name in ("mask.recent", "instruction", "prefix_position", "tokenizer"):
+        value = attrgetter(name)(converted)
+        assert rows[name][0] == str(value).lower(), name
+        assert name == "tokenizer" or rows[name][1] == str(attrgetter(name)(GeneratorConfig())).lower(), name
+    explained = {name.split(".")[0] for name in rows}
+    differing = {f.name for f in fields(converted) if getattr(converted, f.name) != getattr(GeneratorConfig(), f.name)}
+    sizes = {"grid", "num_bits", "groups", "num_classes", "num_tokens", "width", "depth", "group_depth", "heads"}
+    assert differing - sizes - {"token_dropout"} <= explained
 
 
 @pytest.mark.parametrize(
