@@ -68,12 +68,14 @@ def cache_tokens(
         device: auto, cpu, cuda, cuda:1, ...
         force: Start anew, and remove the files of a cache that is in the folder.
     """
+    from mergevq.data.cache_format import check_views
     from mergevq.data.cache_writer import check_free, write_token_cache
     from mergevq.data.labels import label_images
     from mergevq.data.sources import images_of_split
     from mergevq.tokenizer.model import MergeVQ
 
     check_batch_size(batch_size)
+    seen = check_views(views)
     check_free(out, force)
     images = images_of_split(data, split, val_fraction)
     if labels is not None:
@@ -88,7 +90,7 @@ def cache_tokens(
             images,
             out,
             num_tokens=counts,
-            views=views,  # type: ignore[arg-type]
+            views=seen,
             size=side,
             shard_size=shard_size,
             batch_size=batch_size,

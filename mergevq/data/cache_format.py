@@ -5,6 +5,7 @@ Described in docs/file_formats.md.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -55,8 +56,7 @@ class CacheSettings:
         patches = self.grid[0] * self.grid[1]
         if not self.num_tokens or min(self.num_tokens) < 1 or max(self.num_tokens) > patches:
             raise ConfigError(f"expected every num_tokens in 1..{patches}, got {self.num_tokens}")
-        if not self.views:
-            raise ConfigError(f"expected at least one view of {', '.join(get_args(View))}, got none")
+        check_views(self.views)
         for name in ("num_tokens", "views"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ConfigError(f"expected different {name}, got {getattr(self, name)}")
@@ -88,6 +88,19 @@ class CacheSettings:
                 arrays[index_name(view, k)] = unsigned(2**self.num_bits - 1), (images, k)
                 arrays[source_name(view, k)] = unsigned(k - 1), (images, self.num_patches)
         return arrays
+
+
+def check_views(names: Sequence[str]) -> tuple[View, ...]:
+    """Returns the views of these names, each once, crop first.
+
+    Raises:
+        ConfigError: there is no such view, or none is named.
+    """
+    known = get_args(View)
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise ConfigError(f"expected views of {', '.join(known)}, got {', '.join(unknown) or 'none'}")
+    return tuple(view for view in known if view in names)
 
 
 def index_name(view: str, num_tokens: int) -> str:

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from mergevq.data.cache_format import (
     UNFINISHED,
     CacheSettings,
     View,
+    check_views,
     file_hash,
     index_name,
     shard_name,
@@ -127,9 +128,6 @@ def _settings(
         kept = patches - sum(merge_schedule(patches, k, config.encoder.depth, merging.schedule, merging.overflow))
         if kept != k:  # Only a converted model does so.
             raise ConfigError(f"expected a K that this tokenizer reaches, got {k}: it keeps {kept}, ask for that")
-    unknown = sorted(set(views) - set(get_args(View)))
-    if unknown:
-        raise ConfigError(f"expected views of {', '.join(get_args(View))}, got {', '.join(map(str, unknown))}")
     if len(images) < 1:
         raise DataError(f"expected images to encode in {images.root}, got none")
     return CacheSettings(
@@ -140,7 +138,7 @@ def _settings(
         grid=(side // step, side // step),
         num_bits=config.num_bits,
         num_tokens=tuple(counts),
-        views=tuple(view for view in get_args(View) if view in views),
+        views=check_views(views),
         class_names=tuple(images.classes),
         num_classes=max(len(images.classes), max(images.labels) + 1),
         shard_size=shard_size,

@@ -467,7 +467,7 @@ def test_impossible_settings_are_refused_and_nothing_is_written(
         (ShapeError, "1..64", {"num_tokens": 0}),
         (ShapeError, "multiple of the tokenizer's downsampling 4, got 30", {"size": 30}),
         (ConfigError, "views of crop, flip, got left", {"views": ("crop", "left")}),
-        (ConfigError, "at least one view", {"views": ()}),
+        (ConfigError, "views of crop, flip, got none", {"views": ()}),
         (ConfigError, "at least one image a shard, got 0", {"shard_size": 0}),
         (ConfigError, "batch_size of at least 1", {"batch_size": 0}),
     ):
