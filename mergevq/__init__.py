@@ -23,6 +23,7 @@ _PUBLIC = {
     "write_images": "mergevq.data.images",
     "train_tokenizer": "mergevq.training.tokenizer",
     "evaluate_reconstruction": "mergevq.evaluation.reconstruction",
+    "evaluate_generation": "mergevq.evaluation.generation",
     "MergeVQError": "mergevq.errors",
 }
 _SUBMODULES = ("presets", "convert", "errors")
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from mergevq.data.images import read_images as read_images
     from mergevq.data.images import write_images as write_images
     from mergevq.errors import MergeVQError as MergeVQError
+    from mergevq.evaluation.generation import evaluate_generation as evaluate_generation
     from mergevq.evaluation.reconstruction import evaluate_reconstruction as evaluate_reconstruction
     from mergevq.generator.random_order import RandomAR as RandomAR
     from mergevq.generator.raster import MergeAR as MergeAR

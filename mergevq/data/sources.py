@@ -62,6 +62,23 @@ def evaluation_images(source: str | Path | ImageFolder, classes: tuple[str, ...]
     return next((images.part(name) for name in _HELD_OUT if name in images.parts), images)
 
 
+def training_images(source: str | Path | ImageFolder) -> ImageFolder:
+    """Returns the images that close ones are looked for in: of a source with parts its part train, else all.
+
+    Args:
+        source: a folder, a .zip, a pattern that names several .zip files, or "embedded". A data set is returned as is.
+
+    Raises:
+        DataError: the source is missing, empty or broken.
+    """
+    if isinstance(source, ImageFolder):
+        return source
+    if source == EMBEDDED:
+        return EmbeddedImages("train")
+    images = ImageFolder(source)
+    return images.part("train") if "train" in images.parts else images
+
+
 def images_of_split(source: str | Path, split: Split, val_fraction: float = 0.02) -> ImageFolder:
     """Returns the images that training on `source` trains on, those it holds out, or all.
 
