@@ -70,5 +70,7 @@ def test_the_generator_is_converted_unless_its_tokenizer_is_asked_for(
     tok = MergeVQ.from_pretrained(tmp_path / "t.safetensors")
     assert f"tokenizer {tok.fingerprint()[:12]}" in capsys.readouterr().out
     gen.check_tokens_of(grid=(8, 8), num_bits=tok.config.num_bits, tokenizer=tok.fingerprint())
+    images = tok.decode(gen.generate([2, 0], guidance=(1.9, 2.0), seeds=[1, 2]))
+    assert images.shape == (2, 3, 32, 32) and images.isfinite().all()
     assert main([*command, str(tmp_path / "g.safetensors")]) == 2
     assert "exists already" in capsys.readouterr().err
