@@ -248,11 +248,11 @@ def _sample_batch(
     classes = torch.tensor(request.classes + nobody * (plan.branches - 1), device=device)
     num_tokens = torch.tensor(request.num_tokens * plan.branches, device=device)
     cache = plan.cache(config, images, plan.branches, chunk=plan.chunk, device=device, dtype=plan.dtype)
-    first_token(transformer, cache.state, batch, classes, num_tokens, plan.groups)
+    draw_token(transformer, fill_prefix(transformer, cache.state, classes, num_tokens), batch, plan.groups)
     for step in range(1, length):
         if (step - 1) % plan.chunk == 0:
             cache.make_room(step)
-        plan.next_token(transformer, cache.state, batch, plan.cache.advance, plan.groups)
+        plan.next_token(transformer, cache.state, plan.cache.advance, batch, plan.groups)
     if not bool(torch.isfinite(batch.total)):
         raise non_finite()
     seconds = time.perf_counter() - start
@@ -260,57 +260,66 @@ def _sample_batch(
     return tokens, GenerationStats(images, seconds, length, num_bytes(cache.state), num_slots(cache.state))
 
 
-def first_token(
-    transformer: Transformer,
-    state: State,
-    batch: Batch,
-    classes: Int[Tensor, " rows"],
-    num_tokens: Int[Tensor, " rows"],
-    groups: tuple[GroupSampling, ...],
-) -> None:
-    """Fills the cache with the prefix and draws the first token of every image.
+def fill_prefix(
+    transformer: Transformer, state: State, classes: Int[Tensor, " rows"], num_tokens: Int[Tensor, " rows"]
+) -> Float[Tensor, "rows D"]:
+    """Writes class and instruction to an empty cache; returns what predicts the first token.
 
     Args:
         transformer: in evaluation mode.
-        state: of an empty cache.
-        batch: step 0; receives the token.
+        state: of the cache.
         classes: of each image, once for each branch of guidance.
         num_tokens: likewise.
-        groups: how each bit group is sampled.
     """
     prefix = transformer.prefix(classes, num_tokens)
     slots = torch.arange(prefix.shape[1], device=prefix.device)
     seen = torch.arange(num_slots(state), device=prefix.device) <= slots[:, None]
     bias = torch.where(seen, 0.0, -torch.inf)[None, None]
     hidden = transformer(prefix, transformer.rotation[: prefix.shape[1]], bias, key_values(state), slots)
-    _draw_token(transformer, batch, hidden[:, -1], groups)
+    return hidden[:, -1]
+
+
+def feed_token(
+    transformer: Transformer, state: State, advance: Advance, step: Int[Tensor, " 1"], previous: Int[Tensor, " B"]
+) -> Float[Tensor, "rows D"]:
+    """Writes token t - 1 to a cache; returns what predicts token t.
+
+    Args:
+        transformer: in evaluation mode.
+        state: of a cache that holds the tokens before, with room for one more.
+        advance: of that cache.
+        step: t.
+        previous: the codebook indices of token t - 1.
+    """
+    config = transformer.config
+    slots, bias = advance(state, config.mask, config.prefix_length, step, previous)
+    branches = state.memory.shape[2] // previous.shape[0]
+    x = transformer.embed(previous[:, None]).repeat(branches, 1, 1)
+    rotation = transformer.rotation.index_select(0, config.prefix_length - 1 + step)
+    hidden: Tensor = transformer(x, rotation, bias.repeat(branches, 1, 1, 1), key_values(state), slots)
+    return hidden[:, 0]
 
 
 def next_token(
-    transformer: Transformer, state: State, batch: Batch, advance: Advance, groups: tuple[GroupSampling, ...]
+    transformer: Transformer, state: State, advance: Advance, batch: Batch, groups: tuple[GroupSampling, ...]
 ) -> None:
     """Draws token t of every image from the tokens before it; compiles as one graph.
 
     Args:
         transformer: in evaluation mode.
         state: of a cache with room for token t - 1.
-        batch: step t; receives the token.
         advance: of that cache.
+        batch: t is its step; receives the token.
         groups: how each bit group is sampled.
     """
-    config, images = transformer.config, batch.index.shape[0]
-    previous = batch.index.index_select(1, batch.step - 1)
-    slots, bias = advance(state, config.mask, config.prefix_length, batch.step, previous[:, 0])
-    branches = state.memory.shape[2] // images
-    x = transformer.embed(previous).repeat(branches, 1, 1)
-    rotation = transformer.rotation.index_select(0, config.prefix_length - 1 + batch.step)
-    hidden = transformer(x, rotation, bias.repeat(branches, 1, 1, 1), key_values(state), slots)
-    _draw_token(transformer, batch, hidden[:, 0], groups)
+    previous = batch.index.index_select(1, batch.step - 1)[:, 0]
+    draw_token(transformer, feed_token(transformer, state, advance, batch.step, previous), batch, groups)
 
 
-def _draw_token(
-    transformer: Transformer, batch: Batch, hidden: Float[Tensor, "rows D"], groups: tuple[GroupSampling, ...]
+def draw_token(
+    transformer: Transformer, hidden: Float[Tensor, "rows D"], batch: Batch, groups: tuple[GroupSampling, ...]
 ) -> None:
+    """Draws token t of every image from what predicts it, and moves on to t + 1; arguments as for `next_token`."""
     uniform = batch.uniforms.index_select(1, batch.step)[:, 0]
     scale = batch.scales.index_select(0, batch.step)[0]
     guided = hidden.shape[0] > uniform.shape[0]

@@ -125,7 +125,7 @@ class Instruction(nn.Module):
     def forward(self, fraction: Float[Tensor, "*n"]) -> Float[Tensor, "*n D"]:
         """Returns one token for each number in 0..1."""
         # The sinusoids' wave lengths run from 6 to 60,000.
-        return self.vector + self.mlp(sinusoid(1000 * fraction, self.vector.shape[0]))
+        return self.vector + self.mlp(sinusoid(1000 * fraction, self.vector.shape[0]).to(self.vector.dtype))
 
 
 class Transformer(nn.Module):
