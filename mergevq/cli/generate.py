@@ -1,0 +1,194 @@
+"""`mergevq generate`: images from nothing but classes and a seed."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from mergevq.cli.options import check_batch_size, choose_device, progress
+from mergevq.errors import ConfigError, OutputExistsError
+
+_RECORD = "generate.json"
+_SHEET_IMAGES = 100  # More would make a picture that nobody opens.
+
+
+@dataclass(frozen=True)
+class SamplingFlags:
+    """How tokens are drawn. Each of the first four takes one value, or one for each bit group."""
+
+    guidance: tuple[float, ...] = (1.0,)
+    """Classifier-free guidance scale; 1 is off, 0 ignores the classes."""
+    temperature: tuple[float, ...] = (1.0,)
+    """0 always takes the most probable token."""
+    top_k: tuple[int, ...] = (0,)
+    """Draw from so many most probable values only; 0 is all."""
+    top_p: tuple[float, ...] = (1.0,)
+    """Draw from the most probable values that have this probability together."""
+    guidance_schedule: Literal["constant", "linear", "cosine", "power_cosine", "interval"] = "constant"
+    """How the guidance scale moves over the tokens of an image."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """interval: the part of the tokens that is guided."""
+
+
+def generate(
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="DIR")],
+    generator: Annotated[str, tyro.conf.arg(metavar="G")],
+    tokenizer: Annotated[str, tyro.conf.arg(metavar="M")],
+    classes: Annotated[str, tyro.conf.arg(metavar="C,...")] = "",
+    num_images: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: see there)")] = None,
+    num_tokens: Annotated[int | None, tyro.conf.arg(metavar="K", help_behavior_hint="(default: the model's)")] = None,
+    sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = SamplingFlags(),
+    cache: Literal["merge", "full"] = "merge",
+    steps: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: K / 4)")] = None,
+    seed: int = 0,
+    batch_size: int = 16,
+    compile: bool = False,
+    device: str = "auto",
+    resume: bool = False,
+    force: bool = False,
+) -> None:
+    """Generate images: PNG files, their tokens (tokens.mvq) and one contact sheet (sheet.png).
+
+    An image depends on its number, the seed and the options, not on the batch. After a kill, the same command with
+    --resume makes the images that are missing, and the same ones.
+
+    Args:
+        out: Folder for the images.
+        generator: Model file, folder of a training run, emoji_64 or emoji_64_random (which come with the package), or
+            Hugging Face hub id.
+        tokenizer: The tokenizer it was trained with, named likewise.
+        classes: Numbers or names with commas between, used in turn; empty takes all classes in turn.
+        num_images: Images altogether; by default one for each class that is named, or 16 without classes.
+        num_tokens: K that the generator is told; fewer tokens make simpler images.
+        cache: MergeAR: merge drops duplicate tokens from the attention's memory, full keeps them; same images.
+        steps: RandomAR: parallel decoding steps, 1 to K.
+        seed: Of everything random.
+        batch_size: Images at a time.
+        compile: Compile the step; pays off for many images.
+        device: auto, cpu, cuda, cuda:1, ...
+        resume: Go on with a killed run of the same options.
+        force: Write into a folder that holds files already; files of the same names are replaced.
+    """
+    import torch
+    from torch import Tensor
+
+    from mergevq.data.images import write_images
+    from mergevq.evaluation.token_map import contact_sheet
+    from mergevq.files import atomic_path, write_json
+    from mergevq.generator.generate import check_pair, load_generator
+    from mergevq.sampling import image_seeds
+    from mergevq.tokenizer.model import MergeVQ
+    from mergevq.tokens import MergedTokens, load_tokens, save_tokens
+
+    check_batch_size(batch_size)
+    device = choose_device(device)
+    gen = load_generator(generator, device=device)
+    tok = MergeVQ.from_pretrained(tokenizer, device=device)
+    check_pair(gen.config, grid=None, num_bits=tok.config.num_bits, tokenizer=tok.fingerprint())
+    kept = num_tokens or gen.config.num_tokens
+    if gen.config.order == "random" and tok.recovery is None and kept < gen.config.num_patches:
+        raise ConfigError(
+            f"expected a tokenizer that predicts where {kept} tokens go, this one has no recovery model: train it with "
+            f"mergevq train recovery, or ask for --num-tokens {gen.config.num_patches}"
+        )
+    wanted = _classes(classes, gen.config, num_images)
+    options: dict[str, Any] = {
+        "num_tokens": num_tokens,
+        "guidance": sampling.guidance,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "guidance_schedule": sampling.guidance_schedule,
+        "guidance_interval": sampling.guidance_interval,
+        **({"cache": cache} if gen.config.order == "raster" else {"steps": steps}),
+    }
+    record = {
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in options.items()},
+        "classes": wanted,
+        "images": len(wanted),
+        "seed": seed,
+        "batch_size": batch_size,
+        "tokenizer": tok.fingerprint(),
+        "generator": gen.fingerprint(),
+    }
+    _check_folder(out, record, resume, force)
+    write_json(out / _RECORD, record)
+    seeds = image_seeds(torch.Generator().manual_seed(seed), len(wanted))
+    names = _names(wanted, gen.config)
+    parts: list[MergedTokens] = []
+    shown: list[Tensor] = []
+    with progress("generate", len(wanted)) as advance:
+        for start in range(0, len(wanted), batch_size):
+            batch = slice(start, start + batch_size)
+            file = out / "parts" / f"{start:07d}.mvq"
+            done = resume and file.is_file() and all((out / name).is_file() for name in names[batch])
+            if done:
+                tokens = load_tokens(file, expect_tokenizer=tok.fingerprint())
+            else:
+                given = None if gen.config.num_classes == 0 else wanted[batch]
+                tokens = gen.generate(
+                    given, num_images=len(names[batch]), seeds=seeds[batch], compile=compile, **options
+                )
+            if not done or len(shown) < _SHEET_IMAGES:
+                images = tok.decode(tokens)
+                shown += list(images[: max(0, _SHEET_IMAGES - len(shown))].cpu())
+            if not done:
+                write_images(out, images, names[batch], force=True)
+                save_tokens(file, tokens, force=True)
+            parts.append(tokens.to("cpu"))
+            advance(len(tokens))
+    tokens = MergedTokens.join(parts)
+    save_tokens(out / "tokens.mvq", tokens, force=True)
+    columns = min(10, len(shown))
+    rows = [shown[i : i + columns] for i in range(0, len(shown), columns)]
+    with atomic_path(out / "sheet.png") as temporary:
+        contact_sheet(rows, cell=max(64, min(256, tok.config.image_size))).save(temporary)
+    for start in range(0, len(wanted), batch_size):
+        (out / "parts" / f"{start:07d}.mvq").unlink()
+    (out / "parts").rmdir()
+    distinct = tokens.num_tokens.double()
+    print(f"{out}: {len(tokens)} images, {out / 'sheet.png'}, {out / 'tokens.mvq'}")
+    print(f"{distinct.mean():.1f} tokens an image of {tokens.num_patches} patches, at least {int(distinct.min())}")
+
+
+def _classes(words: str, config: Any, num_images: int | None) -> list[int]:
+    """Returns the class number of every image; 0 for each where there are no classes."""
+    from mergevq.generator.generate import resolve_classes
+
+    if num_images is not None and num_images < 1:
+        raise ConfigError(f"expected --num-images of at least 1, got {num_images}")
+    if config.num_classes == 0:
+        if words:
+            raise ConfigError(f"expected no --classes, this generator knows none, got {words!r}")
+        return [0] * (num_images or 16)
+    given = [
+        int(word) if word.lstrip("-").isdigit() else word for word in (w.strip() for w in words.split(",")) if word
+    ]
+    numbers = list(resolve_classes(given, config)) if given else list(range(config.num_classes))
+    count = num_images or (len(numbers) if given else min(16, max(9, config.num_classes)))
+    return [numbers[i % len(numbers)] for i in range(count)]
+
+
+def _names(classes: list[int], config: Any) -> list[str]:
+    digits = max(4, len(str(len(classes) - 1)))
+    known = config.class_names or [f"class {i}" for i in range(config.num_classes)]
+    words = [re.sub(r"\W+", "-", known[c]).strip("-").lower() if config.num_classes else "image" for c in classes]
+    return [f"{i:0{digits}d}_{word}.png" for i, word in enumerate(words)]
+
+
+def _check_folder(out: Path, record: dict[str, Any], resume: bool, force: bool) -> None:
+    from mergevq.files import read_json, refuse_existing
+
+    if resume and force:
+        raise ConfigError("expected one of --resume (go on) and --force (start again), got both")
+    if not resume:
+        refuse_existing(out, force)
+        return
+    if not (out / _RECORD).is_file():
+        raise OutputExistsError(f"expected {_RECORD} in {out}, found none: there is nothing to resume, drop --resume")
+    before = read_json(out / _RECORD)
+    differing = [name for name in record if before.get(name) != record[name]]
+    if differing:
+        raise ConfigError(f"expected the options of the run in {out}, got other {', '.join(differing)}: use --force")

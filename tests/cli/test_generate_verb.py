@@ -1,0 +1,154 @@
+"""`mergevq generate`: what lands in the folder, and that a killed run goes on to the same images."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from mergevq.cli.main import main
+from mergevq.data.images import read_images
+from mergevq.generator.config import GeneratorConfig
+from mergevq.generator.random_order import RandomAR
+from mergevq.generator.raster import MergeAR
+from mergevq.sampling import image_seeds
+from mergevq.tokenizer.model import MergeVQ
+from mergevq.tokens import load_tokens
+
+NAMES = ("big cats", "dogs", "flags")
+
+
+@pytest.fixture
+def tokenizer_file(tiny_tokenizer: MergeVQ, tmp_path: Path) -> str:
+    return str(tiny_tokenizer.save_pretrained(tmp_path / "tok.safetensors"))
+
+
+@pytest.fixture
+def generators(tiny_tokenizer: MergeVQ, tmp_path: Path) -> dict[str, str]:
+    files = {}
+    for order, kind in (("raster", MergeAR), ("random", RandomAR)):
+        torch.manual_seed(0)
+        config = GeneratorConfig(
+            order=order,
+            grid=(8, 8),
+            num_bits=tiny_tokenizer.config.num_bits,
+            groups=(2, tiny_tokenizer.config.num_bits - 2),
+            num_classes=3,
+            class_names=NAMES,
+            num_tokens=20,
+            tokenizer=tiny_tokenizer.fingerprint(),
+            width=32,
+            depth=1,
+            group_depth=1,
+            heads=2,
+        )
+        model = kind(config)
+        for parameter in model.transformer.heads.parameters():
+            torch.nn.init.normal_(parameter)
+        files[order] = str(model.save_pretrained(tmp_path / f"{order}.safetensors"))
+    return files
+
+
+def run(out: Path, generator: str, tokenizer: str, *more: str) -> int:
+    return main(["generate", "-o", str(out), "--generator", generator, "--tokenizer", tokenizer, *more])
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_images_are_those_of_the_python_api(generators, tokenizer_file, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    words = ["--classes", "dogs,0", "--num-images", "3", "--seed", "5", "--guidance", "2", "--batch-size", "2"]
+    assert run(out, generators["raster"], tokenizer_file, *words) == 0
+    names = {"0000_dogs.png", "0001_big-cats.png", "0002_dogs.png"}
+    assert set(contents(out)) == names | {"generate.json", "sheet.png", "tokens.mvq"}
+
+    seeds = image_seeds(torch.Generator().manual_seed(5), 3)
+    expected = MergeAR.from_pretrained(generators["raster"]).generate(["dogs", 0, "dogs"], guidance=2.0, seeds=seeds)
+    tokens = load_tokens(out / "tokens.mvq")
+    assert tokens.equal(expected)
+    tok = MergeVQ.from_pretrained(tokenizer_file)
+    for i, name in enumerate(sorted(names)):
+        drawn = tok.decode(tokens[i]).clamp(-1, 1)
+        torch.testing.assert_close(read_images([out / name], 32), drawn, atol=1 / 127, rtol=0)
+    with Image.open(out / "sheet.png") as sheet:
+        assert sheet.width > 3 * 64
+    assert f"{float(tokens.num_tokens.double().mean()):.1f} tokens an image of 64 patches" in capsys.readouterr().out
+
+
+def test_both_caches_write_the_same_files(generators, tokenizer_file, tmp_path) -> None:
+    for cache in ("merge", "full"):
+        assert run(tmp_path / cache, generators["raster"], tokenizer_file, "--num-images", "4", "--cache", cache) == 0
+    merge, full = contents(tmp_path / "merge"), contents(tmp_path / "full")
+    assert merge.pop("generate.json") != full.pop("generate.json")
+    assert merge == full
+
+
+def test_a_killed_run_goes_on_to_the_same_images(generators, tokenizer_file, tmp_path, monkeypatch, capsys) -> None:
+    words = ["--num-images", "6", "--batch-size", "2", "--num-tokens", "9", "--top-k", "3"]
+    assert run(tmp_path / "whole", generators["raster"], tokenizer_file, *words) == 0
+    calls = []
+    generate = MergeAR.generate
+
+    def dying(self: MergeAR, *arguments: object, **options: object) -> object:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(self, *arguments, **options)
+
+    monkeypatch.setattr(MergeAR, "generate", dying)
+    out = tmp_path / "killed"
+    assert run(out, generators["raster"], tokenizer_file, *words) == 130
+    assert len(list(out.glob("*.png"))) == 4
+    assert run(out, generators["raster"], tokenizer_file, *words, "--resume") == 0
+    assert len(calls) == 4  # Two batches were there; the third was made again.
+    assert contents(out) == contents(tmp_path / "whole")
+    capsys.readouterr()
+    assert run(out, generators["raster"], tokenizer_file, *words, "--resume", "--seed", "1") == 2
+    assert "got other seed" in capsys.readouterr().err
+    assert run(out, generators["raster"], tokenizer_file, *words) == 2
+    assert "--force" in capsys.readouterr().err
+
+
+def test_random_order_draws_where_recovery_puts_the_tokens(generators, tokenizer_file, tmp_path) -> None:
+    out = tmp_path / "out"
+    words = ["--num-tokens", "12", "--steps", "4", "--num-images", "2"]
+    assert run(out, generators["random"], tokenizer_file, *words) == 0
+    tokens = load_tokens(out / "tokens.mvq")
+    assert tokens.source is None
+    assert tokens.num_tokens.tolist() == [12, 12]
+    assert json.loads((out / "generate.json").read_text())["steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--classes", "dog"], "expected a class such as dogs"),
+        (["--classes", "3"], "expected classes 0..2, got 3"),
+        (["--num-tokens", "65"], "expected num_tokens in 1..64, got 65"),
+        (["--top-p", "0"], "top_p"),
+        (["--guidance", "-1"], "guidance"),
+        (["--temperature", "-1"], "temperature"),
+        (["--num-images", "0"], "--num-images of at least 1"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--generator", "nowhere.safetensors"], "there is no such file"),
+    ],
+)
+def test_bad_input_gets_one_line(words, message, generators, tokenizer_file, tmp_path, capsys) -> None:
+    assert run(tmp_path / "out", generators["raster"], tokenizer_file, *words) == 2
+    text = capsys.readouterr().err
+    assert message in text
+    assert text.count("\n") == 1
+    assert not list(tmp_path.glob("out/*.png"))
+
+
+def test_models_that_do_not_belong_together_are_refused(generators, tiny_tokenizer, tmp_path, capsys) -> None:
+    torch.manual_seed(9)
+    other = MergeVQ(tiny_tokenizer.config).save_pretrained(tmp_path / "other.safetensors")
+    assert run(tmp_path / "out", generators["raster"], str(other)) == 2
+    assert "use the one it was trained with" in capsys.readouterr().err
+    assert run(tmp_path / "out", str(other), str(other)) == 2
+    assert "generator" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
