@@ -122,7 +122,8 @@ def decode_in_parallel(
     """
     config, device, branches = transformer.config, prefix.device, plan.branches
     length, (images, num_tokens, num_groups) = prefix.shape[1], uniforms.shape
-    groups = plan.options.per_group(num_groups)
+    # Guidance comes as a tensor: compiled code would be compiled again for every scale.
+    groups = tuple(group._replace(guidance=1.0) for group in plan.options.per_group(num_groups))
     sizes = group_sizes(num_tokens, plan.steps or num_tokens)
     # Nothing follows the last token. Zeros, not rubbish: a weight of 0 does not hide a NaN.
     capacity = length + 2 * num_tokens - 1
@@ -180,7 +181,7 @@ def next_group(
         uniforms: noise of each draw.
         scales: guidance of each bit group.
         total: receives the sum of all logits, which is not finite if one of them is not.
-        groups: how each bit group is sampled.
+        groups: how each bit group is sampled, but for guidance.
     """
     images, count = uniforms.shape[:2]
     hidden = transformer(x, rotation, bias, cache, slots)[:, -count:]

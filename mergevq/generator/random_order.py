@@ -173,7 +173,7 @@ class RandomAR(Generator):
             options,
             2 if kind == "both" else 1,
             steps,
-            torch.compile(next_group, fullgraph=True, dynamic=True) if compile else next_group,
+            torch.compile(next_group) if compile else next_group,
             dtype or torch.float32,
         )
         if batch_size is None:
