@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_config() -> TokenizerConfig:
     """32 pixels, downsampling 4, 64 patches, every module on."""
     return TokenizerConfig(

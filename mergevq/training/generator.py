@@ -1,4 +1,4 @@
-"""Training a generator: `train_generator_step` is the mathematics, `train_generator` the run around it."""
+"""Training a generator: `train_step` is the mathematics, `train_generator` the run around it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -13,15 +13,15 @@ from mergevq.tokenizer.model import MergeVQ
 from mergevq.training.config import HardwareConfig
 from mergevq.training.generator_config import GeneratorRun
 from mergevq.training.generator_loss import draw_noise, real_tokens
-from mergevq.training.generator_state import GeneratorState, build_generator_state, start_from_generator
-from mergevq.training.generator_validation import draw_samples, validate_generator
+from mergevq.training.generator_state import GeneratorState, build_state, start_from
+from mergevq.training.generator_validation import draw_samples, validate
 from mergevq.training.loop import Plan, check_start, run_training
 from mergevq.training.optim import clip_gradients, gradient_norm, lr_factor, run_progress, set_lr
 from mergevq.training.processes import agreed_values, build_fabric
 from mergevq.training.token_inputs import TokenInputs, open_tokens, token_stream
 
 
-class GeneratorReport(NamedTuple):
+class StepReport(NamedTuple):
     """What one optimizer step did."""
 
     lr: float
@@ -30,7 +30,7 @@ class GeneratorReport(NamedTuple):
     """Loss, cross-entropy of each bit group in nats a token, gradient norm: over all micro-batches and processes."""
 
 
-def train_generator_step(state: GeneratorState, batch: Sequence[TokenBatch], run: GeneratorRun) -> GeneratorReport:
+def train_step(state: GeneratorState, batch: Sequence[TokenBatch], run: GeneratorRun) -> StepReport:
     """Takes one optimizer step. Every token counts the same, whatever micro-batch or process it is in.
 
     The weights and their average change at the end, or not at all if any number is not finite. Dropout, dropped classes
@@ -56,7 +56,7 @@ def train_generator_step(state: GeneratorState, batch: Sequence[TokenBatch], run
     with torch.random.fork_rng(devices=gpu):
         _seed_dropout(seed + fabric.global_rank, fabric.device)
         for i, micro in enumerate(batch):
-            classes, order = draw_noise(micro, run.model, seed, i, fabric.global_rank)
+            classes, order = draw_noise(micro, run.model, seed, i * fabric.world_size + fabric.global_rank)
             # Forward and backward both belong inside: processes average their gradients once, at the last micro-batch.
             with fabric.no_backward_sync(state.step_module, enabled=i + 1 < len(batch)):
                 terms = state.step_module(micro, classes, order, total)
@@ -73,7 +73,7 @@ def train_generator_step(state: GeneratorState, batch: Sequence[TokenBatch], run
     state.optimizer.step()
     state.ema.update_parameters(state.model)
     state.step += 1
-    return GeneratorReport(lr, values)
+    return StepReport(lr, values)
 
 
 def _seed_dropout(seed: int, device: torch.device) -> None:
@@ -137,7 +137,11 @@ def train_generator(
     run, inputs = open_tokens(run, cache, val_cache, tokenizer, fabric.world_size)
     check_start(fabric, out, run, resume=resume, init=init, force=force)
     images = {"train": len(inputs.train), "val": len(inputs.val)}
-    return run_training(fabric, Plan(run, out, partial(_GeneratorTraining, run, inputs), images, resume, init))
+    notices = ()
+    if run.model.order == "random" and inputs.tokenizer is not None and inputs.tokenizer.recovery is None:
+        notices = ("no pictures of samples: this tokenizer has no recovery, which random order needs",)
+    build = partial(_GeneratorTraining, run, inputs)
+    return run_training(fabric, Plan(run, out, build, images, resume, init, notices))
 
 
 class _GeneratorTraining:
@@ -146,21 +150,21 @@ class _GeneratorTraining:
     def __init__(self, run: GeneratorRun, inputs: TokenInputs, fabric: Any) -> None:
         self.run = run
         self.inputs = inputs.on(fabric.device)
-        self.state = build_generator_state(fabric, run)
+        self.state = build_state(fabric, run)
 
     def start_from(self, name: str | Path) -> list[str]:
-        return start_from_generator(self.state, name)
+        return start_from(self.state, name)
 
     def batches(self) -> Iterator[TokenBatch]:
         fabric = self.state.fabric
         return token_stream(self.run, self.inputs, fabric.global_rank, fabric.world_size, self.state.position)
 
     def step(self, batch: list[TokenBatch]) -> dict[str, Any]:
-        report = train_generator_step(self.state, batch, self.run)
+        report = train_step(self.state, batch, self.run)
         return {**report.values, "lr": report.lr}
 
     def validate(self, stop: Callable[[], bool]) -> list[dict[str, Any]] | None:
-        found = validate_generator(self.state, self.inputs, self.run, stop)
+        found = validate(self.state, self.inputs, self.run, stop)
         return None if found is None else [{"num_tokens": count, **values} for count, values in found.items()]
 
     def draw(self, path: Path) -> None:

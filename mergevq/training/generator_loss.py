@@ -21,22 +21,22 @@ def build_generator(config: GeneratorConfig) -> MergeAR | RandomAR:
 
 
 def draw_noise(
-    batch: TokenBatch, config: GeneratorConfig, seed: int, number: int, rank: int = 0
+    batch: TokenBatch, config: GeneratorConfig, seed: int, part: int
 ) -> tuple[Int[Tensor, " B"], Int[Tensor, "B K"] | None]:
     """Returns the classes that a training forward sees, some of them dropped, and for random order the ranks' order.
 
-    The draws of a sample depend on seed, number of the micro-batch and the sample's place in it, counted over all
-    processes.
+    The draws of a sample depend on the seed and the sample's place in the step alone, however the step's samples are
+    spread over micro-batches and processes.
 
     Args:
         batch: tokens.
         config: of the generator.
         seed: of this optimizer step.
-        number: of the micro-batch in the step.
-        rank: number of this process.
+        part: how many batches of this size come before it in the step: those of the micro-batches before, of all
+            processes, and of this micro-batch in the processes before.
     """
     size, device = len(batch["label"]), batch["label"].device
-    rngs = [sample_rng(seed, number, rank * size + i) for i in range(size)]
+    rngs = [sample_rng(seed, 0, part * size + i) for i in range(size)]
     dropped = torch.stack([torch.rand((), generator=rng) for rng in rngs]) < config.class_dropout
     classes = known_classes(batch, config).masked_fill(dropped.to(device), config.num_classes)
     if config.order == "raster":

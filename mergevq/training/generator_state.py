@@ -50,7 +50,7 @@ class GeneratorState:
         return {"optimizer": (self.optimizer, self.model)}
 
 
-def build_generator_state(fabric: Any, run: GeneratorRun) -> GeneratorState:
+def build_state(fabric: Any, run: GeneratorRun) -> GeneratorState:
     """Returns a training at step 0. The weights depend on `run.loop.seed` alone; no global random state is changed.
 
     Args:
@@ -84,7 +84,7 @@ _INDIFFERENT = (
 )
 
 
-def start_from_generator(state: GeneratorState, name: str | Path) -> list[str]:
+def start_from(state: GeneratorState, name: str | Path) -> list[str]:
     """Gives the model and its average the weights of a generator; returns no notices. The mask may be another.
 
     Raises:

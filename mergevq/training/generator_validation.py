@@ -26,7 +26,7 @@ _CELL = 96  # Side of each picture, in pixels.
 
 
 @torch.no_grad()
-def validate_generator(
+def validate(
     state: GeneratorState, inputs: TokenInputs, run: GeneratorRun, stop: Callable[[], bool] = lambda: False
 ) -> dict[int, dict[str, float]] | None:
     """Returns for each K of `run.loop.val_num_tokens` the cross-entropies of the averaged weights, in float32.

@@ -66,6 +66,8 @@ class Plan(NamedTuple):
     """Numbers of samples, "train" and "val"."""
     resume: bool
     init: str | Path | None
+    notices: tuple[str, ...] = ()
+    """What the user is told at the start."""
 
 
 def check_start(fabric: Any, out: Path, run: Run, *, resume: bool, init: str | Path | None, force: bool) -> None:
@@ -132,7 +134,7 @@ def _train(fabric: Any, plan: Plan) -> _Outcome:
         training = plan.build(fabric)
         state = training.state
         _, notice = choose_dtype(run.loop.precision, fabric.device)
-        notices = [notice] if notice else []
+        notices = [*plan.notices, *([notice] if notice else [])]
         if plan.resume:
             load_state(out / "state", state)
         elif plan.init is not None:

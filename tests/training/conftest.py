@@ -1,7 +1,9 @@
 """A run that trains a tokenizer of a few thousand weights in a second, with every loss on, and images for it."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -9,14 +11,27 @@ from lightning.fabric import Fabric
 from PIL import Image
 from torch import Tensor, nn
 
+from mergevq.data.cache_writer import write_token_cache
+from mergevq.data.folder import ImageFolder
+from mergevq.data.token_cache import TokenCache
+from mergevq.generator.config import GeneratorConfig
 from mergevq.tokenizer.config import TokenizerConfig
+from mergevq.tokenizer.model import MergeVQ
 from mergevq.training.config import (
     DataConfig,
     LossConfig,
     LossWeights,
+    OptimConfig,
     TokenizerLoopConfig,
     TokenizerOptimConfig,
     TokenizerRun,
+)
+from mergevq.training.generator_config import (
+    GeneratorLoopConfig,
+    GeneratorLossConfig,
+    GeneratorRun,
+    TokenDataConfig,
+    fit_model,
 )
 
 NUM_IMAGES = 13
@@ -103,6 +118,58 @@ def tiny_run(tiny_config: TokenizerConfig, image_folder: Path) -> TokenizerRun:
             log_every=1,
         ),
     )
+
+
+class Caches(NamedTuple):
+    """Tokens of images that a generator trains on, of others, and the tokenizer that made them."""
+
+    train: Path
+    val: Path
+    tokenizer: Path
+
+
+@pytest.fixture(scope="session")
+def caches(tiny_config: TokenizerConfig, image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Caches:
+    """Nine images of two classes at K = 40, 20 and 10 in two views, and four others at the same K."""
+    folder = tmp_path_factory.mktemp("tokens")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        tok = MergeVQ(tiny_config).eval()
+    tok.save_pretrained(folder / "tokenizer.safetensors")
+    images = ImageFolder(image_folder)
+    for name, numbers, views in (("train", range(9), ("crop", "flip")), ("val", range(9, 13), ("crop",))):
+        write_token_cache(
+            tok, images.select(numbers), folder / name, num_tokens=(40, 20, 10), views=views, shard_size=4, workers=0
+        )
+    return Caches(folder / "train", folder / "val", folder / "tokenizer.safetensors")
+
+
+@pytest.fixture
+def generator_run(caches: Caches) -> GeneratorRun:
+    """A few thousand weights, two micro-batches of two, saved every three of six steps; fitted to `caches`."""
+    run = GeneratorRun(
+        model=GeneratorConfig(
+            groups=(3, 3), num_bits=6, grid=(8, 8), width=16, depth=2, group_depth=1, heads=2, ffn_multiple=16,
+            num_tokens=20,
+        ),
+        loss=GeneratorLossConfig(label_smoothing=0.1),
+        data=TokenDataConfig(tokens=str(caches.train), val_tokens=str(caches.val), tokenizer=str(caches.tokenizer)),
+        optim=OptimConfig(
+            lr=1e-2, betas=(0.9, 0.95), weight_decay=0.05, warmup_steps=2, schedule="cosine", clip_norm=1.0,
+            ema_decay=0.5,
+        ),
+        loop=GeneratorLoopConfig(
+            steps=6, batch_size=2, accumulate=2, val_every=1000, val_images=3, save_every=3, log_every=1,
+            sample_classes=0,
+        ),
+    )  # fmt: skip
+    return fit_model(run, TokenCache(caches.train))
+
+
+@pytest.fixture(params=["raster", "random"])
+def either_run(generator_run: GeneratorRun, request: pytest.FixtureRequest) -> GeneratorRun:
+    """The same in raster and in random order."""
+    return replace(generator_run, model=replace(generator_run.model, order=request.param))
 
 
 @pytest.fixture
