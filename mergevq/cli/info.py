@@ -1,4 +1,4 @@
-"""`mergevq info`: what is in a model or token file."""
+"""`mergevq info`: what is in a model, a token file or a token cache."""
 
 import json
 from pathlib import Path
@@ -8,14 +8,17 @@ import tyro
 
 
 def info(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]) -> None:
-    """Print what a model or token file holds. Reads the whole file and checks it, as using it would.
+    """Print what a model, a token file or a token cache holds. Reads all of it and checks it.
 
     Args:
-        file: Model file, folder of a training run, or token file (.mvq).
+        file: Model file, folder of a training run, token file (.mvq), or folder of a token cache.
     """
     from mergevq.errors import CheckpointError
     from mergevq.files import find_model_file, read_header
 
+    if (file / "manifest.json").is_file():
+        _print(_describe_cache(file))
+        return
     path = find_model_file(file)
     header = read_header(path)
     kind = header.get("mergevq", "")
@@ -31,7 +34,11 @@ def info(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE
             f"got {kind or 'a safetensors file of another origin'}: "
             "checkpoints of the release need `mergevq convert`"
         )
-    lines = {"file": f"{path}, {path.stat().st_size:,} bytes", "kind": kind, "mergevq": header["version"], **lines}
+    size = f"{path.stat().st_size:,} bytes"
+    _print({"file": f"{path}, {size}", "kind": kind, "mergevq": header["version"], **lines})
+
+
+def _print(lines: dict[str, str]) -> None:
     width = max(map(len, lines))
     for name, value in lines.items():
         print(f"{name:<{width}}  {value}")
@@ -99,4 +106,27 @@ def _describe_tokens(path: Path) -> dict[str, str]:
         "tokens": f"{', '.join(map(str, counts))} an image, {tokens.num_bits} bits each",
         "bits per image": f"{total} = {index} index + {source} source map{' (means)' if len(counts) > 1 else ''}",
         "source map": "stored" if tokens.source is not None else "none; the recovery model predicts it",
+    }
+
+
+def _describe_cache(folder: Path) -> dict[str, str]:
+    from mergevq.data.cache_format import MANIFEST, read_manifest
+    from mergevq.data.token_cache import TokenCache
+
+    manifest = read_manifest(folder)
+    cache = TokenCache(folder)
+    cache.verify()
+    rows, columns = cache.grid
+    size = (folder / MANIFEST).stat().st_size + sum(int(shard["bytes"]) for shard in manifest["shards"])
+    return {
+        "folder": f"{folder}, {size:,} bytes in {len(manifest['shards'])} shards",
+        "kind": manifest["mergevq"],
+        "mergevq": str(manifest.get("version", "unknown")),
+        "tokenizer": cache.tokenizer,
+        "data": cache.data,
+        "images": f"{len(cache):,} of {cache.image_size} x {cache.image_size} pixels, {rows} x {columns} patches, "
+        f"{len(cache.unreadable)} unreadable left out",
+        "classes": f"{cache.num_classes}" if cache.num_classes else "none",
+        "tokens": f"{', '.join(map(str, cache.num_tokens))} an image, {cache.num_bits} bits each",
+        "views": ", ".join(cache.views),
     }

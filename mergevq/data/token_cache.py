@@ -5,7 +5,6 @@ which order it is read.
 """
 
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -40,8 +39,6 @@ TokenBatch = dict[str, Tensor]
 num_tokens Int[B]; label Int[B], -1 without classes; number Int[B] of each image in its data set. The index of every
 patch in raster order is `index.gather(1, source)`."""
 
-_OPEN_SHARDS = 64  # A mapped file holds a file descriptor, of which a process may have few.
-
 
 class TokenCache:
     """A finished token cache, memory-mapped: a batch reads its own rows and nothing else.
@@ -64,7 +61,7 @@ class TokenCache:
             self.settings = config_from_dict(CacheSettings, manifest["settings"])
             shards = [(str(s["file"]), int(s["images"]), int(s["bytes"]), str(s["sha256"])) for s in manifest["shards"]]
             self.unreadable: dict[str, str] = dict(manifest["unreadable"])
-        except (ValueError, TypeError, LookupError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise TokenFileError(f"{self.folder / MANIFEST}: {error}: encode the images again") from error
         if expect_tokenizer is not None and self.tokenizer != expect_tokenizer:
             raise TokenFileError(
@@ -74,7 +71,6 @@ class TokenCache:
         self._files = [self.folder / file for file, _, _, _ in shards]
         self._hashes = [sha for _, _, _, sha in shards]
         self._ends = list(accumulate(images for _, images, _, _ in shards))
-        self._maps: OrderedDict[int, Arrays] = OrderedDict()
         named = [file for file, _, _, _ in shards]
         if named != [shard_name(s) for s in range(self.settings.num_shards)] or self._ends[-1] < 1:
             raise TokenFileError(
@@ -83,10 +79,10 @@ class TokenCache:
             )
         for path, (_, _, size, _) in zip(self._files, shards, strict=True):
             check_size(path, size)
-        columns = [(self._map(s)["label"], self._map(s)["number"]) for s in range(len(shards))]
-        self.labels: Int[Tensor, " n"] = _joined([label for label, _ in columns])
+        self._arrays = [self._map(shard) for shard in range(len(shards))]
+        self.labels: Int[Tensor, " n"] = _joined([arrays["label"] for arrays in self._arrays])
         """Class of each row, -1 without classes."""
-        self.numbers: Int[Tensor, " n"] = _joined([number for _, number in columns])
+        self.numbers: Int[Tensor, " n"] = _joined([arrays["number"] for arrays in self._arrays])
         """Number of each row's image in its data set."""
         if int(self.labels.min()) < -1 or int(self.labels.max()) >= self.num_classes:
             raise TokenFileError(
@@ -185,7 +181,7 @@ class TokenCache:
         for (shard, seen, k), found in sorted(places.items()):
             first = self._ends[shard - 1] if shard else 0
             inside = [rows[i] - first for i in found]
-            arrays = self._map(shard)
+            arrays = self._arrays[shard]
             index[found, :k] = arrays[index_name(seen, k)][inside]
             source[found] = arrays[source_name(seen, k)][inside]
             if index[found].max() >= 2**self.num_bits or source[found].max() >= k:
@@ -251,9 +247,6 @@ class TokenCache:
                 )
 
     def _map(self, shard: int) -> Arrays:
-        if shard in self._maps:
-            self._maps.move_to_end(shard)
-            return self._maps[shard]
         path, images = self._files[shard], self._ends[shard] - (self._ends[shard - 1] if shard else 0)
         arrays = map_shard(path)
         found = {name: (array.dtype, array.shape) for name, array in arrays.items()}
@@ -264,13 +257,14 @@ class TokenCache:
                 f"{path}: expected the arrays of {images} images that {MANIFEST} describes, got others "
                 f"({', '.join(wrong[:3])}): encode the images again"
             )
-        self._maps[shard] = arrays
-        while len(self._maps) > _OPEN_SHARDS:
-            self._maps.popitem(last=False)
         return arrays
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": OrderedDict()}  # Mappings do not travel to another process.
+        return {**self.__dict__, "_arrays": []}  # Another process maps the files by itself.
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._arrays = [self._map(shard) for shard in range(len(self._files))]
 
 
 def _joined(columns: Sequence[NDArray[Any]]) -> Int[Tensor, " n"]:

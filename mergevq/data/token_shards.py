@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from mergevq.errors import CheckpointError, TokenFileError
@@ -81,11 +82,13 @@ def map_shard(path: Path) -> Arrays:
         with path.open("rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
             entries = json.loads(file.read(start - 8))
-        data = np.asarray(np.memmap(path, np.uint8, "r"))[start:]
+        # Python's own mmap would hold a file descriptor for each shard, of which a process may have few.
+        data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()[start:]
+        data.flags.writeable = False
         return {
             name: data[slice(*entry["data_offsets"])].view(_NAMES[entry["dtype"]]).reshape(entry["shape"])
             for name, entry in entries.items()
             if name != "__metadata__"
         }
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError) as error:
         raise TokenFileError(f"{path}: expected arrays of integers, got {error!r}: encode the images again") from error

@@ -154,6 +154,21 @@ def test_bad_input_gives_one_line_and_changes_nothing(
     assert not (place / "new").exists()
 
 
+def test_info_describes_and_checks_a_cache(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("photos -o cache --model model.safetensors --num-tokens 20,5 --shard-size 4") == 0
+    capsys.readouterr()
+    assert main(["info", "cache"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    cache = TokenCache("cache")
+    assert (lines["tokenizer"], lines["data"], lines["kind"]) == (cache.tokenizer, cache.data, "token-cache/1")
+    assert lines["images"] == "6 of 32 x 32 pixels, 8 x 8 patches, 0 unreadable left out"
+    assert lines["folder"].endswith("in 2 shards")
+    shard = Path("cache", "shard-00001.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x00")
+    assert main(["info", "cache"]) == 2
+    assert "shard-00001.safetensors: expected the shard that was written" in capsys.readouterr().err
+
+
 def test_force_starts_anew(place: Path) -> None:
     assert run("photos -o cache --model model.safetensors --shard-size 1") == 0
     assert run("photos -o cache --model other.safetensors --force") == 0

@@ -185,16 +185,14 @@ def test_only_the_rows_asked_for_are_read(write: Callable[..., TokenCache], tmp_
     assert not array.flags.writeable
 
 
-def test_more_shards_than_may_be_open_at_once(
-    write: Callable[..., TokenCache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_shards_hold_no_files_open(write: Callable[..., TokenCache], tmp_path: Path) -> None:
     whole = write(tmp_path / "whole", shard_size=100)
-    monkeypatch.setattr("mergevq.data.token_cache._OPEN_SHARDS", 2)
+    open_before = len(list(Path("/proc/self/fd").iterdir()))
     cut = write(tmp_path / "cut", shard_size=2)
     for cache in (cut, pickle.loads(pickle.dumps(cut))):
         for rows in ([9, 0, 4, 6, 2, 0], list(range(10))):
             assert torch.equal(cache.batch(rows, 20)["index"], whole.batch(rows, 20)["index"])
-        assert len(cache._maps) == 2
+    assert len(list(Path("/proc/self/fd").iterdir())) == open_before
 
 
 def test_an_unreadable_shard_is_empty_and_nothing_readable_is_an_error(
@@ -238,7 +236,7 @@ def test_the_tokenizer_is_used_in_evaluation_mode_and_left_as_it_was(
 # -------------------------------------------------------------------------------------------------- killed and gone on
 
 
-@pytest.mark.parametrize("images", [2, 4, 7, 11])
+@pytest.mark.parametrize("images", [2, 7, 11])
 def test_a_run_stopped_anywhere_is_gone_on_with(write: Callable[..., TokenCache], tmp_path: Path, images: int) -> None:
     write(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -393,6 +391,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no shards named": (lambda f: edit(f / MANIFEST, lambda m: m.pop("shards")), "the field shards"),
     "one shard named": (lambda f: edit(f / MANIFEST, lambda m: m["shards"].pop()), "expected 3 shards"),
     "shard without size": (lambda f: edit(f / MANIFEST, lambda m: m["shards"][0].pop("bytes")), "'bytes'"),
+    "no settings": (lambda f: edit(f / MANIFEST, lambda m: m.update(settings=3)), "encode the images again"),
     "K too large": (lambda f: edit(f / MANIFEST, lambda m: m["settings"].update(num_tokens=[65])), "in 1..64"),
     "unknown view": (lambda f: edit(f / MANIFEST, lambda m: m["settings"].update(views=["left"])), "views"),
     "no bits": (lambda f: edit(f / MANIFEST, lambda m: m["settings"].update(num_bits=0)), "num_bits 1..30"),
