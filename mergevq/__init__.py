@@ -22,6 +22,7 @@ _PUBLIC = {
     "read_images": "mergevq.data.images",
     "write_images": "mergevq.data.images",
     "train_tokenizer": "mergevq.training.tokenizer",
+    "train_recovery": "mergevq.training.recovery",
     "evaluate_reconstruction": "mergevq.evaluation.reconstruction",
     "evaluate_generation": "mergevq.evaluation.generation",
     "MergeVQError": "mergevq.errors",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from mergevq.tokens import MergedTokens as MergedTokens
     from mergevq.tokens import load_tokens as load_tokens
     from mergevq.tokens import save_tokens as save_tokens
+    from mergevq.training.recovery import train_recovery as train_recovery
     from mergevq.training.tokenizer import train_tokenizer as train_tokenizer
 
 

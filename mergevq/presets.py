@@ -1,7 +1,7 @@
 """Complete training runs by name: `{g,gr,r}_{resolution}[_{width}]` for tokenizers, `{s,b,l,xl}_{resolution}[_random]`
-for generators, and for both `tiny` and `emoji_64`.
+for generators, and for both `tiny` and `emoji_64`; `emoji_64` and `256` for recovery.
 
-What is in them is in mergevq/training/tokenizer_presets.py and generator_presets.py.
+What is in them is in mergevq/training/tokenizer_presets.py, generator_presets.py and recovery_presets.py.
 """
 
 import difflib
@@ -12,6 +12,8 @@ from mergevq.errors import ConfigError
 from mergevq.training.config import TokenizerRun
 from mergevq.training.generator_config import GeneratorRun
 from mergevq.training.generator_presets import GENERATORS
+from mergevq.training.recovery_config import RecoveryRun
+from mergevq.training.recovery_presets import RECOVERIES
 from mergevq.training.tokenizer_presets import TOKENIZERS
 
 R = TypeVar("R")
@@ -38,6 +40,15 @@ def generator(name: str) -> GeneratorRun:
     return _look_up(GENERATORS, name, "generator")
 
 
+def recovery(name: str) -> RecoveryRun:
+    """Returns the complete run of a preset that trains recovery on the tokens of a frozen tokenizer.
+
+    Raises:
+        ConfigError: there is no such preset; the message lists the nearest names.
+    """
+    return _look_up(RECOVERIES, name, "recovery")
+
+
 def tokenizer_names() -> tuple[str, ...]:
     """Returns the names that `tokenizer` knows."""
     return tuple(TOKENIZERS)
@@ -46,6 +57,11 @@ def tokenizer_names() -> tuple[str, ...]:
 def generator_names() -> tuple[str, ...]:
     """Returns the names that `generator` knows."""
     return tuple(GENERATORS)
+
+
+def recovery_names() -> tuple[str, ...]:
+    """Returns the names that `recovery` knows."""
+    return tuple(RECOVERIES)
 
 
 def tiny() -> TokenizerRun:
