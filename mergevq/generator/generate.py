@@ -156,13 +156,14 @@ def resolve_num_tokens(num_tokens: int | Sequence[int] | None, count: int, confi
     if len(kept) != count:
         raise ConfigError(f"expected one num_tokens, or {count}, one an image, got {len(kept)}")
     if not 1 <= min(kept) <= max(kept) <= config.num_patches:
-        raise ConfigError(f"expected num_tokens in 1..{config.num_patches}, got {min(kept)}..{max(kept)}")
+        strange = min(kept) if min(kept) < 1 else max(kept)
+        raise ConfigError(f"expected num_tokens in 1..{config.num_patches}, got {strange}")
     low, high = config.trained_num_tokens
-    strange = sorted({k for k in kept if not low <= k <= high})
-    if strange:
+    untrained = sorted({k for k in kept if not low <= k <= high})
+    if untrained:
         logging.getLogger("mergevq").warning(
             "num_tokens %s: this generator was trained on %d..%d, expect worse images",
-            ", ".join(map(str, strange[:3])),
+            ", ".join(map(str, untrained[:3])),
             low,
             min(high, config.num_patches),
         )

@@ -1,0 +1,69 @@
+"""The step of MergeAR as one graph: traced whole, seldom again, and with the same tokens."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from mergevq.generator.config import GeneratorConfig, MaskConfig
+from mergevq.generator.raster import MergeAR
+
+pytestmark = pytest.mark.compile
+
+CONFIG = GeneratorConfig(
+    grid=(4, 6), num_bits=4, groups=(2, 2), num_classes=3, num_tokens=6, width=16, depth=2, group_depth=1, heads=2,
+    ffn_multiple=8,
+)  # fmt: skip
+
+
+def randomised(config: GeneratorConfig) -> MergeAR:
+    torch.manual_seed(0)
+    model = MergeAR(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """Lets torch.compile collect the graphs that it traces, and run them as they are."""
+    found: list[torch.fx.GraphModule] = []
+
+    def collect(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        found.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=collect))
+    return found
+
+
+@pytest.mark.parametrize("cache", ["merge", "full"])
+@pytest.mark.parametrize(
+    "mask", [MaskConfig(), MaskConfig(keep="last", proportional=True), MaskConfig(recent=None)], ids=str
+)
+def test_a_step_is_one_graph_and_growing_does_not_multiply_them(
+    graphs: list[torch.fx.GraphModule], cache: Any, mask: MaskConfig
+) -> None:
+    model = randomised(replace(CONFIG, mask=mask))
+    options = {"seeds": [1, 2], "cache": cache, "chunk": 2, "guidance": 2.0, "guidance_schedule": "linear"}
+    options |= {"top_k": (0, 3), "top_p": 0.95}
+    expected = model.generate([0, 2], **options)
+    assert not graphs
+    assert model.generate([0, 2], compile=True, **options).equal(expected)
+    # One for the first capacity, one for any other.
+    assert len(graphs) == 2
+    model.generate([1, 1], compile=True, **options | {"seeds": [3, 4]})
+    assert len(graphs) == 2
+
+
+@pytest.mark.slow
+def test_inductor_gives_the_same_tokens() -> None:
+    torch.compiler.reset()
+    model = randomised(replace(CONFIG, depth=1))
+    options: dict[str, Any] = {"seeds": [1, 2], "guidance": 2.0}
+    assert model.generate([0, 2], compile=True, **options).equal(model.generate([0, 2], **options))
