@@ -24,7 +24,7 @@ from mergevq.generator.config import GeneratorConfig
 from mergevq.generator.generate import check_pair
 from mergevq.metrics.features import FeatureNetwork, feature_network
 from mergevq.metrics.neighbours import Nearest
-from mergevq.sampling import SamplingOptions, image_seeds
+from mergevq.sampling import Number, SamplingOptions, image_seeds
 from mergevq.tokenizer.model import MergeVQ
 
 
@@ -34,7 +34,7 @@ def evaluate_generation(
     reference: str | Path | ImageFolder,
     *,
     num_images: int,
-    guidance: float | Sequence[float] = 1.0,
+    guidance: Number | Sequence[Number] = 1.0,
     num_tokens: int | Sequence[int] | None = None,
     cache: str | Sequence[str] = "merge",
     steps: int | Sequence[int] | None = None,

@@ -3,7 +3,7 @@ ones. Results are tensors with a row an image and the image's number, so that sh
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -25,6 +25,7 @@ ENCODED = 256
 """Real images whose distinct tokens are counted, evenly spread."""
 
 
+@runtime_checkable
 class TokenGenerator(Protocol):
     """What is evaluated: `MergeAR` or `RandomAR`."""
 
@@ -156,7 +157,7 @@ def count_distinct(index: Int[Tensor, "B K"], mask: Bool[Tensor, "B K"]) -> Int[
 
 def in_order(found: Mapping[str, Tensor], *names: str, by: str = "number") -> list[Tensor]:
     """Returns what shares said of the same images, sorted by number; a missing name is empty."""
-    order = found[by].argsort()
+    order = found[by].argsort() if by in found else torch.zeros(0, dtype=torch.int64)
     return [found[name][order] if name in found else torch.zeros(0) for name in names]
 
 

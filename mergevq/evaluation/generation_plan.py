@@ -13,7 +13,7 @@ from mergevq.evaluation.generation_result import Setting
 from mergevq.evaluation.processes import Processes
 from mergevq.generator.config import GeneratorConfig
 from mergevq.generator.generate import resolve_classes
-from mergevq.sampling import SamplingOptions
+from mergevq.sampling import Number, SamplingOptions
 
 MOST_SHOWN = 256
 """Generated images kept for pictures at most, of each setting."""
@@ -46,7 +46,7 @@ class Plan:
 
 def all_settings(
     config: GeneratorConfig,
-    guidance: float | Sequence[float],
+    guidance: Number | Sequence[Number],
     num_tokens: int | Sequence[int] | None,
     cache: str | Sequence[str],
     steps: int | Sequence[int] | None,
