@@ -34,7 +34,7 @@ VERB = "eval generation photos -o new --generator gen.safetensors --tokenizer to
 
 
 def test_it_writes_json_and_a_page(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = "--num-images 3 --guidance 1,1.5 --classes dog --samples 2 --top-k 4,0 --reference train --batch-size 2"
+    options = "--num-images 3 --guidance 1,1.5 --classes dog --samples 2 --top-k 4,0 --reference train --batch-size 4"
     assert main([*VERB.split(), *options.split()]) == 0
     out = capsys.readouterr().out
     value = json.loads((place / "new" / "generation.json").read_text())
