@@ -14,7 +14,7 @@ from mergevq.data.sources import evaluation_images, training_images
 from mergevq.errors import CheckpointError, ConfigError
 from mergevq.evaluation.generation_measure import NEIGHBOURS, Measure
 from mergevq.evaluation.generation_notes import generation_notes
-from mergevq.evaluation.generation_pass import TokenGenerator, Worker, evaluation_mode, in_order
+from mergevq.evaluation.generation_pass import TokenGenerator, Worker, evaluation_mode, in_order, warning_once
 from mergevq.evaluation.generation_plan import MOST_SHOWN, Classes, Plan, all_settings, generate_options, image_labels
 from mergevq.evaluation.generation_result import GenerationReport, GenerationRow, ReferenceRow, Sample, Setting
 from mergevq.evaluation.processes import shared_processes
@@ -127,7 +127,7 @@ def evaluate_generation(
     same = prints[0] == prints[1] and neighbour_limit in (None, limit)
     rows: list[GenerationRow] = []
     kept: list[tuple[Tensor, Nearest | None]] = []
-    with shared_processes() as processes, evaluation_mode(generator, tok):
+    with shared_processes() as processes, evaluation_mode(generator, tok), warning_once():
         if isinstance(generator, nn.Module):
             generator.to(place)
         worker = Worker(generator, tok.to(place), features, processes, on_images)

@@ -1,6 +1,7 @@
 """What every process does in an evaluation of generation: look at its share of real images, generate its share of new
 ones. Results are tensors with a row an image and the image's number, so that shares can be joined in any order."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
@@ -173,6 +174,23 @@ def evaluation_mode(*models: Any) -> Iterator[None]:
     finally:
         for module, mode in zip(modules, before, strict=True):
             module.train(mode)
+
+
+@contextmanager
+def warning_once() -> Iterator[None]:
+    """Lets each warning through once inside the block: every batch would repeat it."""
+    log, seen = logging.getLogger("mergevq"), set[str]()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        known, message = len(seen), record.getMessage()
+        seen.add(message)
+        return len(seen) > known
+
+    log.addFilter(is_new)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_new)
 
 
 class _Parts:

@@ -1,6 +1,7 @@
 """The report on generated images against what the images say, computed here by hand."""
 
 import json
+import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -342,6 +343,24 @@ def test_merge_ar_is_measured_alike_with_either_cache(
     )
     tiny_tokenizer.eval()
     assert torch.equal(to_uint8(tiny_tokenizer.decode(tokens)), to_uint8(sample.image[None]))
+
+
+def test_a_warning_is_not_repeated_for_every_batch(
+    tiny_tokenizer: MergeVQ, data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    generator = Noise(tiny_tokenizer)
+    quiet = generator.generate_with_stats
+
+    def warn(classes, **options):
+        logging.getLogger("mergevq").warning("num_tokens %d is unusual", options["num_tokens"])
+        return quiet(classes, **options)
+
+    generator.generate_with_stats = warn
+    for _ in range(2):
+        caplog.clear()
+        options = {"num_images": 4, "batch_size": 1, "num_tokens": (3, 5), "network": None}
+        evaluate_generation(generator, tiny_tokenizer, data, **options)
+        assert [record.getMessage() for record in caplog.records] == [f"num_tokens {k} is unusual" for k in (3, 5)]
 
 
 def test_random_ar_takes_steps_and_needs_recovery(tiny_tokenizer: MergeVQ, tiny_generator: dict, data: Path) -> None:
