@@ -1,33 +1,42 @@
-"""`mergevq train tokenizer`: every field of a run is an option, and a preset gives their defaults."""
+"""`mergevq train tokenizer` and `train generator`: every field of a run is an option, a preset gives their defaults."""
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import tyro
 
 from mergevq import presets
 from mergevq.cli.options import read_numbers
 from mergevq.errors import ConfigError
+from mergevq.generator.config import GeneratorConfig, MaskConfig
 from mergevq.tokenizer.config import TokenizerConfig
 from mergevq.training.config import (
     DataConfig,
     HardwareConfig,
     LossConfig,
+    OptimConfig,
+    Run,
     TokenizerLoopConfig,
     TokenizerOptimConfig,
     TokenizerRun,
 )
+from mergevq.training.generator_config import GeneratorLoopConfig, GeneratorLossConfig, GeneratorRun, TokenDataConfig
 
-M = TypeVar("M", bound=TokenizerConfig)
+M = TypeVar("M")
+R = TypeVar("R", bound=Run)
 
 _EXAMPLE = "tiny"  # Whose defaults --help shows when no preset is named.
+_FP16 = ("fp16", "float16", "16", "16-mixed", "half")
+
+
+# ----------------------------------------------------------------------------------------------------------- tokenizers
 
 
 @dataclass(frozen=True)
-class _Unchecked(TokenizerConfig):
+class _Tokenizer(TokenizerConfig):
     """A complete description of a tokenizer; `MergeVQ(config)` builds it."""
 
     def __post_init__(self) -> None:
@@ -41,32 +50,22 @@ def train_tokenizer(words: Sequence[str]) -> Callable[..., None]:
         ConfigError: no preset is named, or one that does not exist.
         CheckpointError: there is no run to resume.
     """
-    name, folder = _value(words, "--preset"), _value(words, "--out", "-o")
-    asked_help = any(word in ("-h", "--help") for word in words)
-    if name is None and folder is not None and "--resume" in words and not asked_help:
-        from mergevq.training.run_folder import load_run
-
-        base = load_run(Path(folder), TokenizerRun)
-    elif name is None and not asked_help:
-        raise ConfigError(f"expected --preset and one of {', '.join(presets.tokenizer_names())}, got none")
-    else:
-        base = presets.tokenizer(name or _EXAMPLE)
-    if (_value(words, "--loop.precision") or "").lower() in ("fp16", "float16", "16", "16-mixed", "half"):
+    known = presets.tokenizer_names()
+    name, base = _base(words, TokenizerRun, presets.tokenizer, known)
+    if (_value(words, "--loop.precision") or "").lower() in _FP16:
         raise ConfigError(
             "expected --loop.precision float32 or bf16, got fp16: its one gradient scaler cannot serve two optimizers"
         )
 
-    names = f"One of {', '.join(presets.tokenizer_names())}. Not needed with --resume."
-
     def train(
         out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="RUN")],
-        preset: Annotated[str | None, tyro.conf.arg(metavar="NAME", help=names)] = name,
+        preset: Annotated[str | None, tyro.conf.arg(metavar="NAME", help=_names(known))] = name,
         resume: tyro.conf.FlagCreatePairsOff[bool] = False,
         init: Annotated[str | None, tyro.conf.arg(metavar="M")] = None,
         force: tyro.conf.FlagCreatePairsOff[bool] = False,
         dry_run: tyro.conf.FlagCreatePairsOff[bool] = False,
         hardware: Annotated[HardwareConfig, tyro.conf.arg(name="")] = HardwareConfig(),  # noqa: B008 - frozen
-        model: _Unchecked = _parts(_Unchecked, base.model),  # noqa: B008 - frozen
+        model: _Tokenizer = _parts(_Tokenizer, base.model),  # noqa: B008 - frozen
         loss: LossConfig = base.loss,
         data: DataConfig = base.data,
         optim: TokenizerOptimConfig = base.optim,
@@ -87,9 +86,106 @@ def train_tokenizer(words: Sequence[str]) -> Callable[..., None]:
             dry_run: Print the resolved configuration, what differs from the preset and the parameter counts, and stop.
         """
         run = TokenizerRun(_parts(TokenizerConfig, model), loss, data, optim, loop)
-        _train(out, base, run, hardware, resume=resume, init=init, force=force, show_only=dry_run)
+        if dry_run:
+            from mergevq.training.dry_run import dry_run as describe
+
+            print(describe(run, base))
+            return
+        from mergevq.training.tokenizer import train_tokenizer
+
+        _tell(train_tokenizer(run, out, resume=resume, init=init, force=force, hardware=hardware))
 
     return train
+
+
+# ----------------------------------------------------------------------------------------------------------- generators
+
+
+@dataclass(frozen=True)
+class _Mask(MaskConfig):
+    """Raster order only."""
+
+    def __post_init__(self) -> None:
+        """Checks nothing, as above."""
+
+
+@dataclass(frozen=True)
+class _Generator(GeneratorConfig):
+    """A complete description of a generator. Grid, bits, classes and tokenizer are those of the tokens."""
+
+    grid: tyro.conf.Suppress[tuple[int, int]] = (16, 16)
+    num_bits: tyro.conf.Suppress[int] = 18
+    num_classes: tyro.conf.Suppress[int] = 1000
+    class_names: tyro.conf.Suppress[tuple[str, ...]] = ()
+    trained_num_tokens: tyro.conf.Suppress[tuple[int, int]] = (1, 1_000_000)
+    tokenizer: tyro.conf.Suppress[str | None] = None
+    mask: _Mask = field(default_factory=_Mask)
+    """Which earlier tokens the row of a token sees, in raster order."""
+
+    def __post_init__(self) -> None:
+        """Checks nothing, as above."""
+
+
+def train_generator(words: Sequence[str]) -> Callable[..., None]:
+    """Returns the verb with the defaults of the preset that `words` name, or of the run that they resume.
+
+    Raises:
+        ConfigError: no preset is named, or one that does not exist.
+        CheckpointError: there is no run to resume.
+    """
+    known = presets.generator_names()
+    name, base = _base(words, GeneratorRun, presets.generator, known)
+    start = _parts(_Generator, base.model, mask=_parts(_Mask, base.model.mask))
+
+    def train(
+        out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="RUN")],
+        preset: Annotated[str | None, tyro.conf.arg(metavar="NAME", help=_names(known))] = name,
+        resume: tyro.conf.FlagCreatePairsOff[bool] = False,
+        init: Annotated[str | None, tyro.conf.arg(metavar="G")] = None,
+        force: tyro.conf.FlagCreatePairsOff[bool] = False,
+        dry_run: tyro.conf.FlagCreatePairsOff[bool] = False,
+        hardware: Annotated[HardwareConfig, tyro.conf.arg(name="")] = HardwareConfig(),  # noqa: B008 - frozen
+        model: _Generator = start,
+        loss: GeneratorLossConfig = base.loss,
+        data: TokenDataConfig = base.data,
+        optim: OptimConfig = base.optim,
+        loop: GeneratorLoopConfig = base.loop,
+    ) -> None:
+        """Train a generator on a tokenizer's tokens; RUN/model.safetensors is the result, rewritten at each validation.
+
+        The tokens come from caches that `mergevq cache-tokens` wrote (data.tokens and data.val_tokens), or from images
+        that are encoded as they come (data.train and data.tokenizer). They decide the model's grid, bits, classes, and
+        which numbers of kept tokens it learns. A preset names a complete run, and every field of it is an option
+        below; the defaults shown are those of the preset that is named, or of tiny.
+
+        Args:
+            out: Folder of the run.
+            resume: Go on with the run in RUN; its configuration stays but for loop.steps, .minutes, .val_num_tokens,
+                .val_every, .val_images, .save_every, .log_every, .sample_classes, .sample_images, .sample_guidance,
+                data.workers, and data.tokens, .val_tokens, .tokenizer, .train and .val, which must be the same
+                elsewhere.
+            init: Start from the weights of this generator: a file, a run's folder, or a Hugging Face hub id.
+            force: Start anew in a folder that holds something; an earlier run's files are removed.
+            dry_run: Print the resolved configuration, what differs from the preset and the parameter counts, and stop.
+                With tokens it is the configuration that they decide.
+        """
+        # Groups of one's own are for tokens of as many bits.
+        mask, bits = _parts(MaskConfig, model.mask), sum(model.groups)
+        run = GeneratorRun(_parts(GeneratorConfig, model, mask=mask, num_bits=bits), loss, data, optim, loop)
+        if dry_run:
+            from mergevq.training.dry_run import dry_run as describe
+            from mergevq.training.token_inputs import open_tokens
+
+            print(describe(open_tokens(run)[0] if data.tokens or data.train else run, base))
+            return
+        from mergevq.training.generator import train_generator
+
+        _tell(train_generator(run, out, resume=resume, init=init, force=force, hardware=hardware))
+
+    return train
+
+
+# ----------------------------------------------------------------------------------------------------------------- both
 
 
 def number_lists() -> tyro.constructors.ConstructorRegistry:
@@ -100,7 +196,7 @@ def number_lists() -> tyro.constructors.ConstructorRegistry:
     def numbers(
         info: tyro.constructors.PrimitiveTypeInfo,
     ) -> tyro.constructors.PrimitiveConstructorSpec[tuple[int, ...]] | None:
-        if info.type != tuple[int, ...]:
+        if get_origin(info.type) is not tuple or get_args(info.type) != (int, ...):
             return None
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs="*",
@@ -113,31 +209,31 @@ def number_lists() -> tyro.constructors.ConstructorRegistry:
     return registry
 
 
-def _train(
-    out: Path,
-    base: TokenizerRun,
-    run: TokenizerRun,
-    hardware: HardwareConfig,
-    *,
-    resume: bool,
-    init: str | None,
-    force: bool,
-    show_only: bool,
-) -> None:
-    if show_only:
-        from mergevq.training.dry_run import dry_run
+def _base(words: Sequence[str], kind: type[R], find: Callable[[str], R], known: Sequence[str]) -> tuple[str | None, R]:
+    """Returns the preset's name and the run that gives the defaults: the preset's, or the one that is resumed."""
+    name, folder = _value(words, "--preset"), _value(words, "--out", "-o")
+    asked_help = any(word in ("-h", "--help") for word in words)
+    if name is None and folder is not None and "--resume" in words and not asked_help:
+        from mergevq.training.run_folder import load_run
 
-        print(dry_run(run, base))
-        return
-    from mergevq.training.tokenizer import train_tokenizer
+        return name, load_run(Path(folder), kind)
+    if name is None and not asked_help:
+        raise ConfigError(f"expected --preset and one of {', '.join(known)}, got none")
+    return name, find(name or _EXAMPLE)
 
-    path = train_tokenizer(run, out, resume=resume, init=init, force=force, hardware=hardware)
+
+def _names(known: Sequence[str]) -> str:
+    return f"One of {', '.join(known)}. Not needed with --resume."
+
+
+def _tell(path: Path) -> None:
     if os.environ.get("RANK", "0") == "0":  # Processes that torchrun started all end here.
         print(path)
 
 
-def _parts(cls: type[M], model: TokenizerConfig) -> M:
-    return cls(**{field.name: getattr(model, field.name) for field in fields(TokenizerConfig)})
+def _parts(cls: type[M], config: Any, **others: Any) -> M:
+    """Returns a `cls` with the fields of `config`, which has the same ones but is checked more or less."""
+    return cls(**{f.name: getattr(config, f.name) for f in fields(cls)} | others)  # type: ignore[arg-type]
 
 
 def _value(words: Sequence[str], *names: str) -> str | None:

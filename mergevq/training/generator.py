@@ -137,7 +137,7 @@ def train_generator(
     run, inputs = open_tokens(run, cache, val_cache, tokenizer, fabric.world_size)
     check_start(fabric, out, run, resume=resume, init=init, force=force)
     images = {"train": len(inputs.train), "val": len(inputs.val)}
-    notices = ()
+    notices: tuple[str, ...] = ()
     if run.model.order == "random" and inputs.tokenizer is not None and inputs.tokenizer.recovery is None:
         notices = ("no pictures of samples: this tokenizer has no recovery, which random order needs",)
     build = partial(_GeneratorTraining, run, inputs)

@@ -9,8 +9,10 @@ import torch
 import mergevq
 from mergevq import presets
 from mergevq.errors import ConfigError
+from mergevq.generator.config import MaskConfig
 from mergevq.tokenizer.model import MergeVQ
 from mergevq.training.config import TokenizerRun
+from mergevq.training.generator_loss import build_generator
 
 
 def count(module: torch.nn.Module | None) -> int:
@@ -73,6 +75,28 @@ def test_g_256_draws_k_by_the_authors_law() -> None:
 def test_a_misspelt_preset_names_its_neighbours() -> None:
     with pytest.raises(ConfigError, match=r"gr_265.*did you mean gr_256"):
         presets.tokenizer("gr_265")
+    with pytest.raises(ConfigError, match=r"l256.*did you mean l_256"):
+        presets.generator("l256")
+
+
+@pytest.mark.parametrize("name", ["b_256", "l_256", "xl_256", "l_256_random"])
+def test_generators_of_the_paper_have_its_batch_and_epochs(name: str) -> None:
+    loop = presets.generator(name).loop
+    assert loop.batch_size * loop.accumulate * 8 == 1024
+    assert loop.steps * 1024 // 1_281_167 == 300
+
+
+@pytest.mark.parametrize("name", presets.generator_names())
+def test_every_generator_preset_builds(name: str) -> None:
+    run = presets.generator(name)
+    with torch.device("meta"):
+        size = count(build_generator(run.model))
+    if name.startswith("emoji_64"):
+        assert 2 * size < 11_800_000, "less than 12 MB in half precision"
+    if name.startswith("s_64"):
+        assert 2_000_000 < size < 2_500_000
+    assert run.model.mask == MaskConfig(recent=2)
+    assert run.loop.num_tokens == (), "all that the tokens have"
 
 
 def test_every_field_of_a_run_is_read_somewhere() -> None:

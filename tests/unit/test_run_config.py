@@ -1,12 +1,17 @@
 """A run that cannot work is refused before anything is touched."""
 
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
+import mergevq
 from mergevq import presets
+from mergevq.configuration import config_from_dict, config_to_dict
 from mergevq.errors import ConfigError
 from mergevq.training.config import LossConfig, LossWeights
+from mergevq.training.generator_config import GeneratorRun, TokenFacts, fit_model, usual_groups
 
 
 def test_a_loss_of_weight_0_takes_its_module_away() -> None:
@@ -45,3 +50,90 @@ def test_impossible_runs_are_refused(part: str, change: dict, match: str) -> Non
 
     with pytest.raises(ConfigError, match=match):
         replace(run, **{part: replace(getattr(run, part), **change)})
+
+
+# ----------------------------------------------------------------------------------------------------------- generators
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "match"),
+    [
+        ("loss", {"label_smoothing": 1.0}, "loss.label_smoothing must lie in 0..1"),
+        ("data", {"tokens": "a", "train": "b"}, "got both"),
+        ("data", {"workers": -1}, "data.workers must be at least 0"),
+        ("optim", {"lr": -1.0}, "optim.lr must be at least 0"),
+        ("optim", {"weight_decay": -0.1}, "optim.weight_decay"),
+        ("loop", {"accumulate": 0}, "loop.accumulate must be at least 1"),
+        ("loop", {"precision": "fp16"}, "use bf16"),
+        ("loop", {"sample_classes": -1}, "loop.sample_classes must be at least 0"),
+        ("loop", {"num_tokens_probs": (0.5,)}, "0 entries"),
+        ("loop", {"num_tokens": (4, 9), "num_tokens_probs": (0.0, 0.0)}, "not all 0"),
+        ("loop", {"sample_guidance": "much"}, "loop.sample_guidance must be a finite number"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_impossible_runs_of_generators_are_refused(part: str, change: dict, match: str) -> None:
+    run = presets.generator("tiny")
+    with pytest.raises(ConfigError, match=match):
+        replace(run, **{part: replace(getattr(run, part), **change)})
+
+
+@pytest.mark.parametrize("name", presets.generator_names())
+def test_a_generators_run_survives_json(name: str) -> None:
+    run = presets.generator(name)
+    assert config_from_dict(GeneratorRun, config_to_dict(run)) == run
+    assert run.model.order == ("random" if name.endswith("_random") else "raster")
+
+
+def facts(num_bits: int, num_tokens: tuple[int, ...] = (64, 144, 256)) -> TokenFacts:
+    return TokenFacts((16, 16), num_bits, 3, ("a", "b", "c"), "0" * 64, num_tokens)
+
+
+@pytest.mark.parametrize(
+    ("num_bits", "groups"), [(12, (6, 6)), (14, (7, 7)), (16, (8, 8)), (18, (6, 12)), (1, (1,)), (5, (2, 3))]
+)
+def test_groups_follow_the_tokens_unless_they_are_ones_own(num_bits: int, groups: tuple[int, ...]) -> None:
+    assert usual_groups(num_bits) == groups
+    for name in ("l_256", "emoji_64"):
+        fitted = fit_model(presets.generator(name), facts(num_bits)).model
+        assert (fitted.num_bits, fitted.groups) == (num_bits, groups)
+    run = presets.generator("emoji_64")
+    own = replace(run, model=replace(run.model, num_bits=12, groups=(3, 9)))
+    assert fit_model(own, facts(12)).model.groups == (3, 9)
+    if num_bits != 12:
+        with pytest.raises(ConfigError, match=rf"sum to the tokens' {num_bits} bits, got \(3, 9\)"):
+            fit_model(own, facts(num_bits))
+
+
+def test_the_asked_k_stays_within_what_is_trained() -> None:
+    run = presets.generator("emoji_64")
+    assert run.model.num_tokens == 144
+    for counts, own, measured in (
+        ((64, 144, 256), 144, 144),
+        ((100, 256), 144, 100),
+        ((16, 36, 64), 36, 36),
+        ((196, 256), 256, 256),
+    ):
+        fitted = fit_model(run, facts(12, counts))
+        assert (fitted.model.num_tokens, fitted.loop.val_num_tokens) == (own, (measured,))
+        assert fitted.model.trained_num_tokens == (counts[0], counts[-1])
+        assert fit_model(fitted, facts(12, counts)) == fitted
+
+
+def test_every_field_of_a_generators_run_is_read_somewhere() -> None:
+    root = Path(mergevq.__file__).parent
+    code = "\n".join(
+        p.read_text() for p in root.rglob("*.py") if not p.name.endswith(("config.py", "presets.py", "release.py"))
+    )
+    own = "\n".join((root / name).read_text() for name in ("generator/config.py", "training/generator_config.py"))
+
+    def names(cls: type) -> set[str]:
+        hints = get_type_hints(cls)
+        found: set[str] = set()
+        for f in fields(cls):
+            found |= names(hints[f.name]) if is_dataclass(hints[f.name]) else {f.name}
+        return found
+
+    unread = {n for n in names(GeneratorRun) if f".{n}" not in code and f'"{n}"' not in code}
+    # Read through a property.
+    assert unread <= {n for n in ("kv_heads", "ffn_multiple") if f"self.{n}" in own}
