@@ -33,7 +33,7 @@ class KeyValues(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """Divides by the root of the mean square, in at least float32, then scales each channel."""
+    """Divides by the root of the mean square and scales each channel, in at least float32."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n D"]:
         high = x.to(torch.promote_types(x.dtype, torch.float32))
-        return rms_norm(high, high.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+        return rms_norm(high, high.shape[-1:], self.weight.to(high.dtype), self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -51,9 +51,7 @@ class Attention(nn.Module):
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.dropout = config.heads, config.num_kv_heads, config.dropout
-        kv_width = self.kv_heads * config.head_width
-        self.widths = (config.width, kv_width, kv_width)
-        self.qkv = nn.Linear(config.width, sum(self.widths), bias=False)
+        self.qkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * config.head_width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
 
     def forward(
@@ -64,10 +62,9 @@ class Attention(nn.Module):
         cache: tuple[Tensor, Tensor] | None,
         slots: Int[Tensor, " T"] | None,
     ) -> Float[Tensor, "B T D"]:
-        q, k, v = self.qkv(x).split(self.widths, -1)
-        q = rotate(q.unflatten(-1, (self.heads, -1)).transpose(1, 2), rotation)
-        k = rotate(k.unflatten(-1, (self.kv_heads, -1)).transpose(1, 2), rotation)
-        v = v.unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
+        qkv = self.qkv(x).unflatten(-1, (self.heads + 2 * self.kv_heads, -1)).transpose(1, 2)
+        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], 1)
+        q, k = rotate(qk, rotation).split([self.heads, self.kv_heads], 1)
         if cache is not None and slots is not None:
             keys, values = cache
             keys.index_copy_(2, slots, k.to(keys.dtype))

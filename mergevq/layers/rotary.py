@@ -46,6 +46,6 @@ def rotate(x: Float[Tensor, "*n T C"], rotation: Float[Tensor, "*m T P 2"]) -> F
         rotation: of each position; leading axes broadcast. A rotation of zeros makes a query or key vanish.
     """
     pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
-    even, odd = pairs.unbind(-1)
-    cos, sin = rotation.unbind(-1)
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2).to(x.dtype)
+    cos, sin = rotation.split(1, -1)
+    quarter = torch.stack([-pairs[..., 1], pairs[..., 0]], -1)  # Each pair turned by a right angle.
+    return torch.addcmul(pairs * cos, quarter, sin).flatten(-2).to(x.dtype)
