@@ -391,6 +391,10 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no shards named": (lambda f: edit(f / MANIFEST, lambda m: m.pop("shards")), "the field shards"),
     "one shard named": (lambda f: edit(f / MANIFEST, lambda m: m["shards"].pop()), "expected 3 shards"),
     "shard without size": (lambda f: edit(f / MANIFEST, lambda m: m["shards"][0].pop("bytes")), "'bytes'"),
+    "no images": (
+        lambda f: edit(f / MANIFEST, lambda m: [shard.update(images=0) for shard in m["shards"]]),
+        "with at least one image",
+    ),
     "no settings": (lambda f: edit(f / MANIFEST, lambda m: m.update(settings=3)), "encode the images again"),
     "K too large": (lambda f: edit(f / MANIFEST, lambda m: m["settings"].update(num_tokens=[65])), "in 1..64"),
     "unknown view": (lambda f: edit(f / MANIFEST, lambda m: m["settings"].update(views=["left"])), "views"),
