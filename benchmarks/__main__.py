@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import lfq, merging, tokenizer, training_step
+from benchmarks import generator, lfq, merging, tokenizer, training_step
 from benchmarks.measure import as_json, commit, hardware, markdown
 
 Table = tuple[str, list[dict[str, Any]], str]
@@ -18,7 +18,12 @@ Table = tuple[str, list[dict[str, Any]], str]
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--name", default="gpu" if torch.cuda.is_available() else "cpu", help="of the result files")
-    parser.add_argument("--only", nargs="*", default=None, help="lfq, unmerge, stack, plain, throughput, step")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=None,
+        help="lfq, unmerge, stack, plain, throughput, step, cache, sampling, release, attention",
+    )
     parser.add_argument("--quick", action="store_true", help="fewer sizes and repetitions")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     args = parser.parse_args()
@@ -29,8 +34,15 @@ def main() -> None:
         "plain": lambda: tokenizer.against_plain(args.quick),
         "throughput": lambda: tokenizer.throughput(args.quick),
         "step": lambda: training_step.run(args.quick),
+        "cache": lambda: generator.sizes(args.quick),
+        "sampling": lambda: generator.speed(args.quick),
+        "release": lambda: generator.against_release(args.quick),
+        "attention": lambda: generator.attention_share(args.quick),
     }
     if torch.cuda.is_available():
+        benchmarks["sampling_gpu"] = lambda: generator.speed(args.quick, "cuda")
+        benchmarks["release_gpu"] = lambda: generator.against_release(args.quick, "cuda")
+        benchmarks["attention_gpu"] = lambda: generator.attention_share(args.quick, "cuda")
         benchmarks["throughput_gpu"] = lambda: tokenizer.throughput(args.quick, "cuda")
     args.out.mkdir(parents=True, exist_ok=True)
     kept = args.out / f"{args.name}.json"

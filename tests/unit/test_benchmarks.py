@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import lfq
+from benchmarks import generator, lfq
 from benchmarks.measure import extra_memory, markdown
 from benchmarks.plain_tokenizer import PlainTokenizer
+from mergevq.generator.config import GeneratorConfig, MaskConfig
 from mergevq.tokenizer.config import TokenizerConfig
 from mergevq.tokenizer.model import MergeVQ
 
@@ -49,3 +50,47 @@ def test_extra_memory_is_the_childs_own() -> None:
     extra = extra_memory(code)
     assert extra is None or 190 < extra < 230
     assert held.sum() == held.numel()
+
+
+def test_the_plain_sampler_has_our_logits() -> None:
+    config = GeneratorConfig(
+        grid=(4, 4), num_bits=5, groups=(2, 3), num_classes=2, width=32, depth=2, group_depth=1, heads=2,
+        num_tokens=8, mask=MaskConfig(recent=None),
+    )  # fmt: skip
+    model = generator.build(config, "cpu")
+    for head in model.transformer.heads.parameters():
+        torch.nn.init.normal_(head)
+    given = torch.randint(32, (3, 16), generator=torch.Generator().manual_seed(0))
+    driver = generator.PlainDriver(model, given)
+    with torch.no_grad():
+        found = [driver.start(), *(driver.run(1) for _ in range(15))]
+        rows = [driver.inner.request[0][:3], driver.inner.request[1][:3]]
+        expected = model(given, *rows)
+        # The bit groups of the reference know the group that was drawn, the whole forward the one that was given.
+        torch.testing.assert_close(torch.stack([step[0][:3] for step in found], 1), expected[0], atol=1e-5, rtol=1e-5)
+        drawn = driver.inner.batch.index
+        hidden = model.transformer(
+            torch.cat([model.transformer.prefix(*rows), model.transformer.embed(given[:, :-1])], 1),
+            model.transformer.rotation[:17],
+        )[:, 1:]
+        second = model.transformer.group_logits(hidden, drawn)[1]
+        torch.testing.assert_close(torch.stack([step[1][:3] for step in found], 1), second, atol=1e-5, rtol=1e-5)
+        generator._check_plain(model, given, steps=15)
+
+
+def test_the_driver_keeps_what_the_cache_would() -> None:
+    config = GeneratorConfig(
+        grid=(4, 4), num_bits=5, groups=(2, 3), num_classes=2, width=32, depth=1, group_depth=0, heads=2, num_tokens=8
+    )
+    model = generator.build(config, "cpu")
+    given = torch.randint(5, (2, 16), generator=torch.Generator().manual_seed(0))
+    walked, skipped = (generator.Driver(model, given, "merge", guided=False, chunk=4) for _ in range(2))
+    with torch.no_grad():
+        for driver in (walked, skipped):
+            driver.start()
+        walked.run(13)
+        skipped.skip_to(14)
+    assert walked.step == skipped.step == 14
+    for name in ("recent", "kept", "counts", "used"):
+        assert torch.equal(getattr(walked.cache.state, name), getattr(skipped.cache.state, name)), name
+    assert walked.cache.state.memory.shape == skipped.cache.state.memory.shape
