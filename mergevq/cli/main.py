@@ -26,6 +26,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "generate": ("mergevq.cli.generate:generate", "images from nothing but classes and a seed"),
     "train tokenizer": ("mergevq.cli.train:train_tokenizer", "train a tokenizer on a folder of images"),
     "train generator": ("mergevq.cli.train:train_generator", "train a generator on the tokens of a tokenizer"),
+    "train recovery": ("mergevq.cli.train:train_recovery", "teach a tokenizer to predict its source maps"),
     "eval reconstruction": ("mergevq.cli.eval:eval_reconstruction", "measure what encoding and decoding loses"),
     "eval generation": ("mergevq.cli.eval_generation:eval_generation", "measure generated images against real ones"),
     "convert": ("mergevq.cli.convert:convert", "a checkpoint of the authors' release to a model file"),

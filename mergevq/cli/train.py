@@ -1,4 +1,6 @@
-"""`mergevq train tokenizer` and `train generator`: every field of a run is an option, a preset gives their defaults."""
+"""`mergevq train tokenizer`, `train generator` and `train recovery`: every field of a run is an option, a preset gives
+their defaults.
+"""
 
 import os
 from collections.abc import Callable, Sequence
@@ -12,7 +14,7 @@ from mergevq import presets
 from mergevq.cli.options import read_numbers
 from mergevq.errors import ConfigError
 from mergevq.generator.config import GeneratorConfig, MaskConfig
-from mergevq.tokenizer.config import TokenizerConfig
+from mergevq.tokenizer.config import RecoveryConfig, TokenizerConfig
 from mergevq.training.config import (
     DataConfig,
     HardwareConfig,
@@ -24,11 +26,11 @@ from mergevq.training.config import (
     TokenizerRun,
 )
 from mergevq.training.generator_config import GeneratorLoopConfig, GeneratorLossConfig, GeneratorRun, TokenDataConfig
+from mergevq.training.recovery_config import RecoveryDataConfig, RecoveryLoopConfig, RecoveryRun
 
 M = TypeVar("M")
 R = TypeVar("R", bound=Run)
 
-_EXAMPLE = "tiny"  # Whose defaults --help shows when no preset is named.
 _FP16 = ("fp16", "float16", "16", "16-mixed", "half")
 
 
@@ -185,7 +187,80 @@ def train_generator(words: Sequence[str]) -> Callable[..., None]:
     return train
 
 
-# ----------------------------------------------------------------------------------------------------------------- both
+# ------------------------------------------------------------------------------------------------------------- recovery
+
+
+@dataclass(frozen=True)
+class _Recovery(RecoveryConfig):
+    """Shape of a new recovery; one that the tokenizer has keeps its own, unless --no-fine-tune."""
+
+    enabled: tyro.conf.Suppress[bool] = True
+
+
+def train_recovery(words: Sequence[str]) -> Callable[..., None]:
+    """Returns the verb with the defaults of the preset that `words` name, or of the run that they resume.
+
+    Raises:
+        ConfigError: no preset is named, or one that does not exist.
+        CheckpointError: there is no run to resume.
+    """
+    known = presets.recovery_names()
+    name, base = _base(words, RecoveryRun, presets.recovery, known)
+    shape = _parts(_Recovery, base.recovery)
+
+    def train(
+        out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="RUN")],
+        preset: Annotated[str | None, tyro.conf.arg(metavar="NAME", help=_names(known))] = name,
+        resume: tyro.conf.FlagCreatePairsOff[bool] = False,
+        init: Annotated[str | None, tyro.conf.arg(metavar="M")] = None,
+        force: tyro.conf.FlagCreatePairsOff[bool] = False,
+        dry_run: tyro.conf.FlagCreatePairsOff[bool] = False,
+        hardware: Annotated[HardwareConfig, tyro.conf.arg(name="")] = HardwareConfig(),  # noqa: B008 - frozen
+        fine_tune: bool = base.fine_tune,
+        recovery: _Recovery = shape,
+        data: RecoveryDataConfig = base.data,
+        optim: OptimConfig = base.optim,
+        loop: RecoveryLoopConfig = base.loop,
+    ) -> None:
+        """Train a tokenizer's recovery, which predicts source maps; RUN/model.safetensors is the tokenizer with it.
+
+        Nothing else of the tokenizer (data.tokenizer) changes, and its tokens stay valid. It learns from caches that
+        `mergevq cache-tokens` wrote with that tokenizer (data.tokens and data.val_tokens). A preset names a complete
+        run, and every field of it is an option below; the defaults shown are those of the preset that is named, or of
+        emoji_64.
+
+        Args:
+            out: Folder of the run.
+            resume: Go on with the run in RUN; its configuration stays but for loop.steps, .minutes, .val_num_tokens,
+                .val_every, .val_images, .save_every, .log_every, and data.tokenizer, .tokens and .val_tokens, which must
+                be the same elsewhere.
+            init: Start from the recovery of this tokenizer, which must have the run's shape: a file, a run's folder, or
+                a Hugging Face hub id.
+            force: Start anew in a folder that holds something; an earlier run's files are removed.
+            dry_run: Print the resolved configuration, what differs from the preset and the parameter counts, and stop.
+                With a tokenizer and its tokens it is the configuration that they decide.
+            fine_tune: Go on from the recovery that the tokenizer has, if it has one, whatever its shape; without, train
+                a new one instead.
+        """
+        run = RecoveryRun(fine_tune, _parts(RecoveryConfig, recovery), data, optim, loop)
+        if dry_run:
+            from mergevq.training.dry_run import dry_run as describe
+            from mergevq.training.recovery_inputs import open_inputs, resolve
+
+            if not (data.tokenizer or data.tokens or data.val_tokens):
+                print(describe(run, base))
+                return
+            inputs = open_inputs(run, out)
+            print(describe(resolve(run, inputs), base, inputs.tok.config))
+            return
+        from mergevq.training.recovery import train_recovery
+
+        _tell(train_recovery(run, out, resume=resume, init=init, force=force, hardware=hardware))
+
+    return train
+
+
+# ------------------------------------------------------------------------------------------------------------------ all
 
 
 def number_lists() -> tyro.constructors.ConstructorRegistry:
@@ -219,7 +294,7 @@ def _base(words: Sequence[str], kind: type[R], find: Callable[[str], R], known: 
         return name, load_run(Path(folder), kind)
     if name is None and not asked_help:
         raise ConfigError(f"expected --preset and one of {', '.join(known)}, got none")
-    return name, find(name or _EXAMPLE)
+    return name, find(name or known[0])  # --help shows the first one's defaults.
 
 
 def _names(known: Sequence[str]) -> str:

@@ -1,21 +1,29 @@
 """What a run would do, without doing it."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from mergevq.losses.adversarial import PatchDiscriminator
+from mergevq.tokenizer.config import TokenizerConfig
 from mergevq.tokenizer.model import MergeVQ
+from mergevq.tokenizer.recovery import SourceRecovery
 from mergevq.training.config import TokenizerRun, flat_config
 from mergevq.training.generator_config import GeneratorRun
 from mergevq.training.generator_loss import build_generator
+from mergevq.training.recovery_config import RecoveryRun
+
+AnyRun = TokenizerRun | GeneratorRun | RecoveryRun
 
 
-def dry_run(run: TokenizerRun | GeneratorRun, preset: TokenizerRun | GeneratorRun | None = None) -> str:
+def dry_run(run: AnyRun, preset: AnyRun | None = None, tokenizer: TokenizerConfig | None = None) -> str:
     """Returns text: the resolved configuration, what differs from the preset, and the parameters of each part.
 
     Args:
         run: the run.
         preset: what the run was derived from; None leaves the comparison out.
+        tokenizer: whose recovery it trains; None leaves out the parameters of a recovery, which depend on it.
     """
     resolved = flat_config(run)
     lines = [f"{name} = {value!r}" for name, value in resolved.items()]
@@ -27,17 +35,30 @@ def dry_run(run: TokenizerRun | GeneratorRun, preset: TokenizerRun | GeneratorRu
             if resolved[name] != before[name]
         ]
         lines += ["", "different from the preset:", *(changed or ["nothing"])]
+    if isinstance(run, RecoveryRun) and tokenizer is None:
+        return "\n".join([*lines, "", "parameters: depend on data.tokenizer"])
     lines += ["", "parameters:"]
-    counts = count_parameters(run)
+    counts = count_parameters(run, tokenizer)
     width = max(len(f"{count:,}") for count in counts.values())
     lines += [f"{count:>{width},}  {part}" for part, count in counts.items()]
     return "\n".join(lines)
 
 
-def count_parameters(run: TokenizerRun | GeneratorRun) -> dict[str, int]:
-    """Returns the number of trained parameters of each part that the run has. Allocates nothing."""
+def count_parameters(run: AnyRun, tokenizer: TokenizerConfig | None = None) -> dict[str, int]:
+    """Returns the number of trained parameters of each part that the run has. Allocates nothing.
+
+    Args:
+        run: the run.
+        tokenizer: whose recovery is trained; only with a RecoveryRun.
+    """
     with torch.device("meta"):
-        parts = _tokenizer_parts(run) if isinstance(run, TokenizerRun) else _generator_parts(run)
+        if isinstance(run, TokenizerRun):
+            parts = _tokenizer_parts(run)
+        elif isinstance(run, GeneratorRun):
+            parts = _generator_parts(run)
+        else:
+            assert tokenizer is not None
+            parts = _recovery_parts(SourceRecovery(replace(tokenizer, recovery=run.recovery)))
     return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}
 
 
@@ -65,4 +86,12 @@ def _generator_parts(run: GeneratorRun) -> dict[str, nn.Module | None]:
         "blocks over bit groups": transformer.group_blocks,
         "heads": nn.ModuleList([transformer.norm, transformer.heads]),
         "generator": model,
+    }
+
+
+def _recovery_parts(recovery: SourceRecovery) -> dict[str, nn.Module | None]:
+    return {
+        "blocks over codes": recovery.cross_blocks,
+        "blocks over patches": recovery.self_blocks,
+        "recovery": recovery,
     }
