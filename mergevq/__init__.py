@@ -11,8 +11,10 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "MergeVQ": "mergevq.tokenizer.model",
     "TokenizerConfig": "mergevq.tokenizer.config",
+    "GeneratorConfig": "mergevq.generator.config",
     "MergeAR": "mergevq.generator.raster",
     "RandomAR": "mergevq.generator.random_order",
+    "load_generator": "mergevq.generator.generate",
     "MergedTokens": "mergevq.tokens",
     "save_tokens": "mergevq.tokens",
     "load_tokens": "mergevq.tokens",
@@ -21,7 +23,10 @@ _PUBLIC = {
     "Quantized": "mergevq.quantize",
     "read_images": "mergevq.data.images",
     "write_images": "mergevq.data.images",
+    "TokenCache": "mergevq.data.token_cache",
+    "write_token_cache": "mergevq.data.cache_writer",
     "train_tokenizer": "mergevq.training.tokenizer",
+    "train_generator": "mergevq.training.generator",
     "train_recovery": "mergevq.training.recovery",
     "evaluate_reconstruction": "mergevq.evaluation.reconstruction",
     "evaluate_generation": "mergevq.evaluation.generation",
@@ -35,11 +40,15 @@ if TYPE_CHECKING:
     from mergevq import convert as convert
     from mergevq import errors as errors
     from mergevq import presets as presets
+    from mergevq.data.cache_writer import write_token_cache as write_token_cache
     from mergevq.data.images import read_images as read_images
     from mergevq.data.images import write_images as write_images
+    from mergevq.data.token_cache import TokenCache as TokenCache
     from mergevq.errors import MergeVQError as MergeVQError
     from mergevq.evaluation.generation import evaluate_generation as evaluate_generation
     from mergevq.evaluation.reconstruction import evaluate_reconstruction as evaluate_reconstruction
+    from mergevq.generator.config import GeneratorConfig as GeneratorConfig
+    from mergevq.generator.generate import load_generator as load_generator
     from mergevq.generator.random_order import RandomAR as RandomAR
     from mergevq.generator.raster import MergeAR as MergeAR
     from mergevq.merging import SourceMap as SourceMap
@@ -50,6 +59,7 @@ if TYPE_CHECKING:
     from mergevq.tokens import MergedTokens as MergedTokens
     from mergevq.tokens import load_tokens as load_tokens
     from mergevq.tokens import save_tokens as save_tokens
+    from mergevq.training.generator import train_generator as train_generator
     from mergevq.training.recovery import train_recovery as train_recovery
     from mergevq.training.tokenizer import train_tokenizer as train_tokenizer
 
