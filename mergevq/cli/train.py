@@ -232,8 +232,8 @@ def train_recovery(words: Sequence[str]) -> Callable[..., None]:
         Args:
             out: Folder of the run.
             resume: Go on with the run in RUN; its configuration stays but for loop.steps, .minutes, .val_num_tokens,
-                .val_every, .val_images, .save_every, .log_every, and data.tokenizer, .tokens and .val_tokens, which must
-                be the same elsewhere.
+                .val_every, .val_images, .save_every, .log_every, and data.tokenizer, .tokens and .val_tokens, which
+                must be the same elsewhere.
             init: Start from the recovery of this tokenizer, which must have the run's shape: a file, a run's folder, or
                 a Hugging Face hub id.
             force: Start anew in a folder that holds something; an earlier run's files are removed.
