@@ -96,6 +96,15 @@ def test_slot_by_slot_through_a_cache_is_causal_attention(prefix_position: str, 
         assert torch.allclose(step, whole[:, t : t + 1], atol=1e-5)
 
 
+def test_images_may_have_rotations_of_their_own() -> None:
+    model = randomised(SMALL)
+    x = torch.randn(2, 5, 16)  # As many images as heads.
+    rotation = torch.stack([model.rotation[:5], model.rotation[5:10]])
+    whole = model(x, rotation)
+    for image in range(2):
+        assert torch.allclose(model(x[image : image + 1], rotation[image])[0], whole[image], atol=1e-5)
+
+
 def test_a_prefix_without_position_has_no_say_in_its_own_attention() -> None:
     config = replace(SMALL, prefix_position="zero")
     model = randomised(config)
@@ -106,6 +115,16 @@ def test_a_prefix_without_position_has_no_say_in_its_own_attention() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- bit groups
+
+
+def test_the_slots_of_one_position_turn_like_prefix_and_first_cells() -> None:
+    for prefix_position, first in (("zero", (0.0, 0.0)), ("identity", (1.0, 0.0))):
+        model = Transformer(replace(SMALL, groups=(1, 1, 1, 1, 1, 1), prefix_position=prefix_position))
+        assert model.group_rotation[0].unique(dim=0).tolist() == [list(first)]
+        # Five cells: a row of four, and the first of the next.
+        cells = rotation_grid(3, 4, SMALL.head_width, SMALL.rotary_base)
+        assert torch.equal(model.group_rotation[1:], cells[:5])
+        assert torch.equal(model.rotation, torch.cat([model.group_rotation[:1].repeat(2, 1, 1), cells]))
 
 
 @pytest.mark.parametrize("groups", [(6,), (2, 4), (1, 2, 3)])
