@@ -1,6 +1,7 @@
 """What prose claims is executed: examples, code blocks, links, and tables that repeat what the code says."""
 
 import ast
+import json
 import re
 import runpy
 from pathlib import Path
@@ -13,6 +14,8 @@ from PIL import Image
 import mergevq
 from mergevq import presets
 from mergevq.convert import config_from_release
+from mergevq.generator.config import GeneratorConfig
+from mergevq.generator.raster import MergeAR
 from mergevq.merging import merge_schedule
 from mergevq.tokenizer.config import TokenizerConfig
 from mergevq.tokenizer.model import MergeVQ
@@ -71,6 +74,58 @@ def test_round_trip_runs_without_a_model(tmp_path: Path) -> None:
     tokens = mergevq.load_tokens(tmp_path / "out" / "16.mvq")
     assert tokens.num_tokens.tolist() == [16]
     assert tokens.grid == (16, 16)
+
+
+@pytest.fixture
+def generator_file(model_file: Path, tmp_path: Path) -> Path:
+    config = MergeVQ.from_pretrained(model_file).config
+    groups = (config.num_bits // 2, config.num_bits - config.num_bits // 2)
+    torch.manual_seed(2)
+    model = MergeAR(
+        GeneratorConfig(
+            grid=(8, 8),
+            num_bits=config.num_bits,
+            groups=groups,
+            num_classes=2,
+            class_names=("a", "b"),
+            num_tokens=16,
+            width=32,
+            depth=1,
+            group_depth=1,
+            heads=2,
+        )
+    )
+    for head in model.transformer.heads.parameters():
+        torch.nn.init.normal_(head)
+    return model.save_pretrained(tmp_path / "generator.safetensors")
+
+
+def test_generate_draws_the_same_images_from_both_caches(
+    model_file: Path, generator_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "sheets" / "generated.png"
+    models = ("--generator", generator_file, "--tokenizer", model_file)
+    run_example("generate.py", *models, "--classes", "b,0", "--guidance", "1,3", "--out", out)
+    printed = capsys.readouterr().out
+    assert printed.count("2 of 2 images equal") == 2
+    with Image.open(out) as sheet:
+        assert sheet.width > 2 * 136 and sheet.height > 2 * 136
+
+
+def test_compare_masks_trains_each_rule_once(
+    model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "masks"
+    words = ("--tokenizer", model_file, "--num-tokens", "20,10", "--preset", "tiny", "--steps", 2, "--batch-size", 2)
+    words = (*words, "--seeds", 2, "--only", "default,last,plain", "--images", 4, "--out", out)
+    run_example("compare_masks.py", *words)
+    first = capsys.readouterr().out
+    rows = {row["rule"]: row for row in json.loads((out / "masks.json").read_text())["rows"]}
+    assert set(rows) == {"R = 2, first (default)", "keep last", "plain causal"}
+    assert sorted(row["seeds"] for row in rows.values()) == [1, 2, 2]
+    assert rows["plain causal"]["keys seen"] == 1.0 > rows["keep last"]["keys seen"]
+    run_example("compare_masks.py", *words)  # All runs are finished: they are read.
+    assert capsys.readouterr().out.splitlines()[-5:] == first.splitlines()[-5:]
 
 
 def test_token_map_shows_larger_tokens_at_smaller_k(model_file: Path, tmp_path: Path) -> None:
@@ -173,6 +228,20 @@ def test_laws_of_k_are_the_presets() -> None:
                 assert presets.tokenizer(name).model.num_patches in loop.num_tokens
                 found.add(name)
     assert found == set(presets.tokenizer_names())
+
+
+def test_generator_table_is_the_presets() -> None:
+    found = set()
+    for row in table_rows("docs/method.md"):
+        name = row[0].strip("`")
+        if name in presets.generator_names() and len(row) == 8:
+            run = presets.generator(name)
+            model = run.model
+            parts = [model.order, f"{model.depth} + {model.group_depth}", f"{model.width:,}", str(model.heads)]
+            parts += [f"{model.ffn_width:,}", ", ".join(map(str, model.groups))]
+            assert row[1:] == [*parts, f"{count_parameters(run)['generator']:,}"], name
+            found.add(name)
+    assert found == set(presets.generator_names())
 
 
 def test_loss_table_is_the_presets_weights() -> None:
