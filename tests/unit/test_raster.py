@@ -13,7 +13,8 @@ import mergevq
 from mergevq.errors import CheckpointError, ConfigError, OutputExistsError, ShapeError
 from mergevq.files import read_header, save_tensors
 from mergevq.generator.config import GeneratorConfig, MaskConfig
-from mergevq.generator.generate import check_pair, default_batch_size
+from mergevq.generator.generate import check_pair, default_batch_size, load_generator
+from mergevq.generator.random_order import RandomAR
 from mergevq.generator.raster import MergeAR
 
 CONFIG = GeneratorConfig(
@@ -278,6 +279,21 @@ def test_a_file_brings_back_the_model(model: MergeAR, tmp_path: Path) -> None:
     with pytest.raises(OutputExistsError):
         model.save_pretrained(path)
     model.save_pretrained(path, force=True)
+
+
+def test_generators_load_by_whatever_order_they_have(
+    model: MergeAR, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = model.save_pretrained(tmp_path / "small" / "merge_ar.safetensors")
+    other = RandomAR(replace(CONFIG, order="random"))
+    other.save_pretrained(tmp_path / "small" / "random_ar.safetensors")
+    assert load_generator(path).fingerprint() == model.fingerprint()
+    # By a name that comes with the package.
+    monkeypatch.setattr("mergevq.files._SHIPPED", tmp_path)
+    assert isinstance(MergeAR.from_pretrained("small"), MergeAR)
+    assert load_generator("small").fingerprint() == model.fingerprint()
+    for loaded in (load_generator("small_random"), RandomAR.from_pretrained("small")):
+        assert loaded.fingerprint() == other.fingerprint()
 
 
 def test_half_precision_halves_the_file_and_loads_as_float32(model: MergeAR, tmp_path: Path) -> None:
