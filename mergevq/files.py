@@ -248,6 +248,11 @@ def shipped_names() -> tuple[str, ...]:
     return tuple(sorted(path.name for path in _SHIPPED.iterdir() if path.is_dir())) if _SHIPPED.is_dir() else ()
 
 
+def shipped_roles(name: str) -> tuple[str, ...]:
+    """Returns which models come with the package under a name: tokenizer, merge_ar, random_ar."""
+    return tuple(sorted(file.stem for file in (_SHIPPED / name).glob("*.safetensors")))
+
+
 def find_model_file(name: str | Path, suffix: str = ".safetensors", role: str = "tokenizer") -> Path:
     """Returns the path of a model file.
 
@@ -272,7 +277,7 @@ def find_model_file(name: str | Path, suffix: str = ".safetensors", role: str = 
     if suffix == ".safetensors" and str(name) in shipped_names():
         if (_SHIPPED / str(name) / f"{role}{suffix}").is_file():
             return _SHIPPED / str(name) / f"{role}{suffix}"
-        there = ", ".join(sorted(file.stem for file in (_SHIPPED / str(name)).glob(f"*{suffix}")))
+        there = ", ".join(shipped_roles(str(name)))
         raise CheckpointError(f"{name}: expected one of the models that come with mergevq ({there}), it has no {role}")
     if suffix != ".safetensors" or str(name).endswith(suffix) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
         raise CheckpointError(

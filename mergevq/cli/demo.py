@@ -19,33 +19,43 @@ _MEASURED = (256, 196, 144, 100, 64)
 def demo(
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="DIR")] = Path("demo"),
     minutes: float = 4.5,
+    generator_minutes: float = 2.0,
     images: int = 128,
     force: bool = False,
 ) -> None:
-    """Train a small tokenizer on the embedded images, encode and decode held-out ones, measure, and write a report.
+    """Train a small tokenizer on the embedded images, round-trip held-out ones, generate new ones, write reports.
 
-    DIR gets report.html, report.png, report.json, the token files, and the training run with model.safetensors.
+    DIR gets report.html, report.png and report.json of the tokenizer, the token files, and the training run with
+    model.safetensors; generation.html, .png and .json of what the generator that comes with the package makes; and
+    live.html, .png and .json of a generator that is trained on the new tokenizer's tokens (its run is in
+    DIR/generator).
 
     Args:
         out: Folder for everything.
-        minutes: Training time.
+        minutes: Training time of the tokenizer.
+        generator_minutes: Training time of the generator.
         images: Held-out images to measure on.
         force: Start anew in a folder that holds something; an earlier demo's files are replaced.
     """
     from rich.console import Console
 
+    from mergevq.cli.demo_generation import SHIPPED, generate_with, train_and_generate
     from mergevq.cli.options import progress
     from mergevq.data.embedded import EmbeddedImages
     from mergevq.evaluation.page import check_packages
     from mergevq.evaluation.reconstruction import evaluate_reconstruction
     from mergevq.evaluation.report import report_picture
-    from mergevq.files import atomic_path, write_json
+    from mergevq.files import atomic_path, shipped_roles, write_json
+    from mergevq.generator.raster import MergeAR
     from mergevq.metrics.features import feature_network
     from mergevq.tokenizer.model import MergeVQ
     from mergevq.training.tokenizer import train_tokenizer
 
-    if minutes <= 0 or images < 1:
-        raise ConfigError(f"expected --minutes above 0 and --images of at least 1, got {minutes:g} and {images}")
+    if min(minutes, generator_minutes) <= 0 or images < 1:
+        raise ConfigError(
+            f"expected --minutes and --generator-minutes above 0 and --images of at least 1, got {minutes:g}, "
+            f"{generator_minutes:g} and {images}"
+        )
     check_packages()
     feature_network("lite1")  # Needed after the training: if its package is missing, that is told before.
     started = time.perf_counter()
@@ -76,9 +86,17 @@ def demo(
         ),
         facts={"training": _training_facts(out, trained), **files},
     )
-    print(f"report   {out / 'report.html'}")
-    print(f"picture  {out / 'report.png'}")
-    print(f"model    {out / 'model.safetensors'}")
+    pages = ["report", "live"]
+    made: dict[str, str] = {}
+    if "merge_ar" in shipped_roles(SHIPPED):
+        made |= generate_with(MergeAR.from_pretrained(SHIPPED), MergeVQ.from_pretrained(SHIPPED), out, progress)
+        pages.insert(1, "generation")
+    made |= train_and_generate(out, tok, generator_minutes, progress)
+    for name, fact in made.items():
+        print(f"{name}: {fact}")
+    for name in pages:
+        print(f"{name:<12}{out / f'{name}.html'}, {out / f'{name}.png'}")
+    print(f"models      {out / 'model.safetensors'}, {out / 'generator' / 'model.safetensors'}")
     print(f"done in {(time.perf_counter() - started) / 60:.1f} minutes")
 
 

@@ -126,7 +126,7 @@ CASES = {
     "nothing to resume": ("train tokenizer --preset tiny -o full --resume", "full"),
     "nothing to resume, no preset": ("train tokenizer -o empty --resume", "empty"),
     "output of demo exists": ("demo --out full", "full exists"),
-    "demo without time": ("demo --out new --minutes 0", "--minutes above 0"),
+    "demo without time": ("demo --out new --minutes 0", "--minutes and --generator-minutes above 0"),
     "misspelt verb": ("encoed photos", "did you mean encode"),
     "misspelt second word": ("train tokeniser --preset tiny", "did you mean train tokenizer"),
 }

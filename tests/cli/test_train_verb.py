@@ -7,8 +7,13 @@ import torch
 from PIL import Image
 
 from mergevq import presets
+from mergevq.cli import demo_generation
 from mergevq.cli.main import main
+from mergevq.cli.options import progress
+from mergevq.data.embedded import EmbeddedImages
 from mergevq.data.images import write_images
+from mergevq.generator.config import GeneratorConfig
+from mergevq.generator.raster import MergeAR
 from mergevq.tokenizer.model import MergeVQ
 from mergevq.tokens import load_tokens
 from mergevq.training.config import TokenizerRun
@@ -112,11 +117,17 @@ def test_the_demo_trains_round_trips_measures_and_reports(
         loop = replace(full.loop, steps=2, batch_size=2, val_images=2, val_num_tokens=(64,))
         return replace(full, loss=replace(full.loss, weights=weights), loop=loop)
 
+    live = presets.generator("tiny")
+    loop = replace(live.loop, steps=2, batch_size=2, val_images=2, sample_classes=0)
     monkeypatch.setattr(presets, "tiny", small)
+    monkeypatch.setattr(presets, "generator", lambda _: replace(live, loop=loop))
+    monkeypatch.setattr(demo_generation, "_LIVE_IMAGES", 2)
+    monkeypatch.setattr("mergevq.files.shipped_roles", lambda _: ())
+    monkeypatch.setattr(demo_generation, "_images", lambda part: EmbeddedImages(part).select(range(0, 299, 50)))
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--images", "4", "--minutes", "5"]) == 0
     printed = capsys.readouterr().out
-    assert "PSNR in dB" in printed and f"report   {out}/report.html" in printed
+    assert "PSNR in dB" in printed and f"{out}/report.html" in printed
 
     tok = MergeVQ.from_pretrained(out)
     report = json.loads((out / "report.json").read_text())
@@ -132,3 +143,44 @@ def test_the_demo_trains_round_trips_measures_and_reports(
     assert page.count("<img ") == 1 + 9 * (1 + 3 + 2)
     with Image.open(out / "report.png") as picture:
         assert picture.width > 6 * 136 and picture.height > 9 * 136
+
+    trained = json.loads((out / "live.json").read_text())
+    assert trained["protocol"]["tokenizer"] == tok.fingerprint()
+    assert MergeAR.from_pretrained(out / "generator").config.trained_num_tokens == (64, 144)
+    assert "trained for 2 minutes" in (out / "live.html").read_text()
+    with Image.open(out / "live.png") as picture:
+        assert picture.width > 2 * 96
+
+
+def test_the_demo_shows_what_the_merge_cache_saves(
+    tiny_tokenizer: MergeVQ, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    bits = tiny_tokenizer.config.num_bits
+    gen = MergeAR(
+        GeneratorConfig(
+            grid=(8, 8),
+            num_bits=bits,
+            groups=(bits,),
+            num_classes=9,
+            num_tokens=20,
+            tokenizer=tiny_tokenizer.fingerprint(),
+            width=32,
+            depth=1,
+            group_depth=0,
+            heads=2,
+        )
+    )
+    monkeypatch.setattr(demo_generation, "_SHIPPED_IMAGES", 2)
+    monkeypatch.setattr(demo_generation, "_images", lambda part: EmbeddedImages(part).select(range(0, 299, 50)))
+    facts = demo_generation.generate_with(gen, tiny_tokenizer, tmp_path, progress)
+    report = json.loads((tmp_path / "generation.json").read_text())
+    full, merge = report["rows"]
+    assert (full["setting"]["cache"], merge["setting"]["cache"]) == ("full", "merge")
+    assert full["distinct_tokens"] == merge["distinct_tokens"], "the images are the same"
+    kib = [round(row["cache_bytes_per_image"] / 1024) for row in (full, merge)]
+    assert facts["cache, an image"].startswith(f"full {kib[0]} KiB, merge {kib[1]} KiB")
+    # Two images, the closest training image of each, and a sheet for each cache.
+    assert (tmp_path / "generation.html").read_text().count("<img ") == 2 * 2 + 2
+    with Image.open(tmp_path / "generation.png") as picture:
+        assert picture.width > 2 * 96

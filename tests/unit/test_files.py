@@ -25,6 +25,8 @@ from mergevq.files import (
     read_json,
     refuse_existing,
     save_tensors,
+    shipped_names,
+    shipped_roles,
     write_json,
 )
 
@@ -414,3 +416,16 @@ def forbid_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError(f"the hub was asked for {arguments}")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", asked)
+
+
+def test_models_of_the_package_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = find_model_file("emoji_64")
+    assert file.name == "tokenizer.safetensors" and "tokenizer" in shipped_roles("emoji_64")
+    assert shipped_names() == ("emoji_64",) and shipped_roles("emoji_65") == ()
+    text = message(lambda: find_model_file("emoji_64", role="upscaler"), CheckpointError)
+    assert text.startswith("emoji_64: expected one of the models that come with mergevq (") and "no upscaler" in text
+    assert "emoji_64 (comes with mergevq)" in message(lambda: find_model_file("emoji_65"), CheckpointError)
+    # What lies here under that name comes first.
+    (tmp_path / "emoji_64").mkdir()
+    assert "expected model.safetensors in this folder" in message(lambda: find_model_file("emoji_64"), CheckpointError)
