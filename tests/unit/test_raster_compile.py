@@ -42,9 +42,14 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
     return found
 
 
-@pytest.mark.parametrize("cache", ["merge", "full"])
 @pytest.mark.parametrize(
-    "mask", [MaskConfig(), MaskConfig(keep="last", proportional=True), MaskConfig(recent=None)], ids=str
+    ("cache", "mask"),
+    [
+        ("merge", MaskConfig()),
+        ("merge", MaskConfig(keep="last", proportional=True)),
+        ("full", MaskConfig(proportional=True)),
+        ("full", MaskConfig(recent=None)),
+    ],
 )
 def test_a_step_is_one_graph_and_growing_does_not_multiply_them(
     graphs: list[torch.fx.GraphModule], cache: Any, mask: MaskConfig
