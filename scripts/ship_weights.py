@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 import mergevq
-from mergevq.files import find_model_file, read_header
+from mergevq.files import read_header
+from mergevq.model_files import find_model_file
 
 LIMIT = 12_000_000  # Bytes of a file.
 ROLES = {"tokenizer": mergevq.MergeVQ, "merge_ar": mergevq.MergeAR, "random_ar": mergevq.RandomAR}

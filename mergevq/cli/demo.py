@@ -45,9 +45,10 @@ def demo(
     from mergevq.evaluation.page import check_packages
     from mergevq.evaluation.reconstruction import evaluate_reconstruction
     from mergevq.evaluation.report import report_picture
-    from mergevq.files import atomic_path, shipped_roles, write_json
+    from mergevq.files import atomic_path, write_json
     from mergevq.generator.raster import MergeAR
     from mergevq.metrics.features import feature_network
+    from mergevq.model_files import shipped_roles
     from mergevq.tokenizer.model import MergeVQ
     from mergevq.training.tokenizer import train_tokenizer
 

@@ -14,7 +14,8 @@ def info(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE
         file: Model file, folder of a training run, token file (.mvq), or folder of a token cache.
     """
     from mergevq.errors import CheckpointError
-    from mergevq.files import find_model_file, read_header
+    from mergevq.files import read_header
+    from mergevq.model_files import find_model_file
 
     if (file / "manifest.json").is_file():
         _print(_describe_cache(file))

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Union
 import torch
 
 from mergevq.errors import CheckpointError, ConfigError, ShapeError
-from mergevq.files import find_model_file, read_header, shipped_names
+from mergevq.files import read_header
 from mergevq.generator.config import GeneratorConfig
+from mergevq.model_files import find_model_file, shipped_names
 from mergevq.sampling import image_seeds
 from mergevq.tokens import MergedTokens
 

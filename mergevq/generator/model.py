@@ -14,10 +14,11 @@ from torch import nn
 from mergevq import __version__
 from mergevq.configuration import config_from_dict, config_to_dict
 from mergevq.errors import CheckpointError, ConfigError, ShapeError
-from mergevq.files import check_format, find_model_file, load_strict, load_tensors, refuse_existing, save_tensors
+from mergevq.files import check_format, load_strict, load_tensors, refuse_existing, save_tensors
 from mergevq.generator.config import GeneratorConfig
 from mergevq.generator.generate import check_pair
 from mergevq.generator.transformer import Transformer
+from mergevq.model_files import find_model_file
 
 KIND = "generator/1"
 _CLASSES = {"raster": "MergeAR", "random": "RandomAR"}

@@ -14,15 +14,9 @@ from torch import Tensor, nn
 from mergevq import __version__
 from mergevq.configuration import config_from_dict, config_to_dict
 from mergevq.errors import CheckpointError, ShapeError, TokenFileError
-from mergevq.files import (
-    check_format,
-    find_model_file,
-    load_strict,
-    load_tensors,
-    refuse_existing,
-    save_tensors,
-)
+from mergevq.files import check_format, load_strict, load_tensors, refuse_existing, save_tensors
 from mergevq.merging import SourceMap, check_num_tokens, merge_schedule, unmerge
+from mergevq.model_files import find_model_file
 from mergevq.quantize import LFQ, Quantized, codes_to_index, index_to_codes, sign_codes
 from mergevq.tokenizer.alignment import AlignmentHead
 from mergevq.tokenizer.config import TokenizerConfig

@@ -122,7 +122,7 @@ def test_the_demo_trains_round_trips_measures_and_reports(
     monkeypatch.setattr(presets, "tiny", small)
     monkeypatch.setattr(presets, "generator", lambda _: replace(live, loop=loop))
     monkeypatch.setattr(demo_generation, "_LIVE_IMAGES", 2)
-    monkeypatch.setattr("mergevq.files.shipped_roles", lambda _: ())
+    monkeypatch.setattr("mergevq.model_files.shipped_roles", lambda _: ())
     monkeypatch.setattr(demo_generation, "_images", lambda part: EmbeddedImages(part).select(range(0, 299, 50)))
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--images", "4", "--minutes", "5"]) == 0

@@ -19,7 +19,7 @@ def _run(*command: str | Path, cwd: Path, **environment: str) -> str:
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=450,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
@@ -35,9 +35,11 @@ def test_the_wheel_builds_and_its_copy_trains_measures_and_reports(tmp_path: Pat
     code = "import mergevq; print(mergevq.__file__)"
     assert Path(_run("-c", code, cwd=elsewhere, PYTHONPATH=str(place)).strip()) == place / "mergevq" / "__init__.py"
     assert "eval reconstruction" in _run("-m", "mergevq.cli.main", "--help", cwd=elsewhere, PYTHONPATH=str(place))
-    demo = ("demo", "--out", "demo", "--minutes", "0.02", "--images", "4")
+    code = "from mergevq import MergeVQ; print(MergeVQ.from_pretrained('emoji_64').config.num_bits)"
+    assert _run("-c", code, cwd=elsewhere, PYTHONPATH=str(place)).strip() == "12"
+    demo = ("demo", "--out", "demo", "--minutes", "0.02", "--generator-minutes", "0.02", "--images", "4")
     out = _run("-m", "mergevq.cli.main", *demo, cwd=elsewhere, PYTHONPATH=str(place))
     assert "PSNR in dB" in out
     assert (elsewhere / "demo" / "report.html").read_text().startswith("<!doctype html>")
-    for name in ("model.safetensors", "report.json", "report.png", "held_out_64.mvq"):
+    for name in ("model.safetensors", "report.json", "report.png", "held_out_64.mvq", "live.html", "live.png"):
         assert (elsewhere / "demo" / name).stat().st_size > 100

@@ -18,17 +18,15 @@ from mergevq.files import (
     atomic_path,
     atomic_write,
     check_format,
-    find_model_file,
     load_strict,
     load_tensors,
     read_header,
     read_json,
     refuse_existing,
     save_tensors,
-    shipped_names,
-    shipped_roles,
     write_json,
 )
+from mergevq.model_files import find_model_file, shipped_names, shipped_roles
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -19,7 +19,7 @@ ROWS = (
     "tokenizer generator",
     "layers",
     "tokens",
-    "merging quantize sampling files bitpacking configuration",
+    "merging quantize sampling model_files files bitpacking configuration",
     "errors",
 )
 RANK = {unit: -row for row, units in enumerate(ROWS) for unit in units.split()}

@@ -289,7 +289,7 @@ def test_generators_load_by_whatever_order_they_have(
     other.save_pretrained(tmp_path / "small" / "random_ar.safetensors")
     assert load_generator(path).fingerprint() == model.fingerprint()
     # By a name that comes with the package.
-    monkeypatch.setattr("mergevq.files._SHIPPED", tmp_path)
+    monkeypatch.setattr("mergevq.model_files._SHIPPED", tmp_path)
     assert isinstance(MergeAR.from_pretrained("small"), MergeAR)
     assert load_generator("small").fingerprint() == model.fingerprint()
     for loaded in (load_generator("small_random"), RandomAR.from_pretrained("small")):
