@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from mergevq.cli.options import Counts, check_batch_size, choose_device, progress
+from mergevq.cli.options import Counts, check_batch_size, choose_device, progress, read_classes
 from mergevq.errors import ConfigError
 
 
@@ -95,7 +95,7 @@ def eval_generation(
         neighbour_limit: Likewise of the training images; 0 looks for no close ones.
         batch_size: Images at a time.
         samples: Images of each column in the report.
-        compile: MergeAR: compile the step; pays off for many images.
+        compile: Compile the step; pays off for many images.
         device: auto, cpu, cuda, cuda:1, ...
         devices: Processes, one a device, that share the work; the images do not depend on their number.
         seed: Of everything random.
@@ -202,7 +202,4 @@ def _classes(words: str) -> Any:
     """What `evaluate_generation` takes."""
     if words in ("balanced", "reference"):
         return words
-    if words == "none":
-        return None
-    named = [word.strip() for word in words.split(",") if word.strip()]
-    return [int(word) if word.lstrip("-").isdigit() else word for word in named]
+    return None if words == "none" else read_classes(words)

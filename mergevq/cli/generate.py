@@ -7,10 +7,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from mergevq.cli.options import check_batch_size, choose_device, progress
+from mergevq.cli.options import check_batch_size, choose_device, progress, read_classes
 from mergevq.errors import ConfigError, OutputExistsError
 
 _RECORD = "generate.json"
+_PARTS = "parts"
 _SHEET_IMAGES = 100  # More would make a picture that nobody opens.
 
 
@@ -28,6 +29,8 @@ class SamplingFlags:
     """Draw from the most probable values that have this probability together."""
     guidance_schedule: Literal["constant", "linear", "cosine", "power_cosine", "interval"] = "constant"
     """How the guidance scale moves over the tokens of an image."""
+    guidance_power: float = 1.0
+    """power_cosine: above 1 guides later."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """interval: the part of the tokens that is guided."""
 
@@ -41,7 +44,7 @@ def generate(
     num_tokens: Annotated[int | None, tyro.conf.arg(metavar="K", help_behavior_hint="(default: the model's)")] = None,
     sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = SamplingFlags(),
     cache: Literal["merge", "full"] = "merge",
-    steps: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: K / 4)")] = None,
+    steps: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: K)")] = None,
     seed: int = 0,
     batch_size: int = 16,
     compile: bool = False,
@@ -69,12 +72,14 @@ def generate(
         compile: Compile the step; pays off for many images.
         device: auto, cpu, cuda, cuda:1, ...
         resume: Go on with a killed run of the same options.
-        force: Write into a folder that holds files already; files of the same names are replaced.
+        force: Write into a folder that holds files already; files of the same names are replaced, what an interrupted
+            run left to go on from is removed.
     """
     import torch
     from torch import Tensor
 
     from mergevq.data.images import write_images
+    from mergevq.evaluation.generation_pass import warning_once
     from mergevq.evaluation.token_map import contact_sheet
     from mergevq.files import atomic_path, write_json
     from mergevq.generator.generate import check_pair, load_generator
@@ -87,7 +92,7 @@ def generate(
     gen = load_generator(generator, device=device)
     tok = MergeVQ.from_pretrained(tokenizer, device=device)
     check_pair(gen.config, grid=None, num_bits=tok.config.num_bits, tokenizer=tok.fingerprint())
-    kept = num_tokens or gen.config.num_tokens
+    kept = _check_options(gen.config, num_tokens, steps, sampling)
     if gen.config.order == "random" and tok.recovery is None and kept < gen.config.num_patches:
         raise ConfigError(
             f"expected a tokenizer that predicts where {kept} tokens go, this one has no recovery model: train it with "
@@ -101,6 +106,7 @@ def generate(
         "top_k": sampling.top_k,
         "top_p": sampling.top_p,
         "guidance_schedule": sampling.guidance_schedule,
+        "guidance_power": sampling.guidance_power,
         "guidance_interval": sampling.guidance_interval,
         **({"cache": cache} if gen.config.order == "raster" else {"steps": steps}),
     }
@@ -114,15 +120,17 @@ def generate(
         "generator": gen.fingerprint(),
     }
     _check_folder(out, record, resume, force)
+    if not resume:
+        _remove_parts(out)  # Another run's would be taken for this one's when it is gone on with.
     write_json(out / _RECORD, record)
     seeds = image_seeds(torch.Generator().manual_seed(seed), len(wanted))
     names = _names(wanted, gen.config)
     parts: list[MergedTokens] = []
     shown: list[Tensor] = []
-    with progress("generate", len(wanted)) as advance:
+    with progress("generate", len(wanted)) as advance, warning_once():
         for start in range(0, len(wanted), batch_size):
             batch = slice(start, start + batch_size)
-            file = out / "parts" / f"{start:07d}.mvq"
+            file = out / _PARTS / f"{start:07d}.mvq"
             done = resume and file.is_file() and all((out / name).is_file() for name in names[batch])
             if done:
                 tokens = load_tokens(file, expect_tokenizer=tok.fingerprint())
@@ -145,9 +153,7 @@ def generate(
     rows = [shown[i : i + columns] for i in range(0, len(shown), columns)]
     with atomic_path(out / "sheet.png") as temporary:
         contact_sheet(rows, cell=max(64, min(256, tok.config.image_size))).save(temporary)
-    for start in range(0, len(wanted), batch_size):
-        (out / "parts" / f"{start:07d}.mvq").unlink()
-    (out / "parts").rmdir()
+    _remove_parts(out)
     distinct = tokens.num_tokens.double()
     print(f"{out}: {len(tokens)} images, {out / 'sheet.png'}, {out / 'tokens.mvq'}")
     print(f"{distinct.mean():.1f} tokens an image of {tokens.num_patches} patches, at least {int(distinct.min())}")
@@ -163,9 +169,7 @@ def _classes(words: str, config: Any, num_images: int | None) -> list[int]:
         if words:
             raise ConfigError(f"expected no --classes, this generator knows none, got {words!r}")
         return [0] * (num_images or 16)
-    given = [
-        int(word) if word.lstrip("-").isdigit() else word for word in (w.strip() for w in words.split(",")) if word
-    ]
+    given = read_classes(words)
     numbers = list(resolve_classes(given, config)) if given else list(range(config.num_classes))
     count = num_images or (len(numbers) if given else min(16, max(9, config.num_classes)))
     return [numbers[i % len(numbers)] for i in range(count)]
@@ -176,6 +180,38 @@ def _names(classes: list[int], config: Any) -> list[str]:
     known = config.class_names or [f"class {i}" for i in range(config.num_classes)]
     words = [re.sub(r"\W+", "-", known[c]).strip("-").lower() if config.num_classes else "image" for c in classes]
     return [f"{i:0{digits}d}_{word}.png" for i, word in enumerate(words)]
+
+
+def _check_options(config: Any, num_tokens: int | None, steps: int | None, sampling: SamplingFlags) -> int:
+    """Checks how tokens are to be drawn, before anything is written; returns K."""
+    from mergevq.generator.parallel import group_sizes
+    from mergevq.sampling import SamplingOptions
+
+    SamplingOptions(
+        sampling.temperature,
+        sampling.top_k,
+        sampling.top_p,
+        sampling.guidance,
+        sampling.guidance_schedule,
+        sampling.guidance_power,
+        sampling.guidance_interval,
+    ).check(len(config.groups))
+    kept: int = config.num_tokens if num_tokens is None else num_tokens
+    if not 1 <= kept <= config.num_patches:
+        raise ConfigError(f"expected num_tokens in 1..{config.num_patches}, got {kept}")
+    if steps is not None and config.order == "raster":
+        raise ConfigError("expected --steps for a generator in random order only, this one goes in raster order")
+    if steps is not None:
+        group_sizes(kept, steps)
+    return kept
+
+
+def _remove_parts(out: Path) -> None:
+    """Removes the tokens of single batches, with which a killed run goes on."""
+    for path in (out / _PARTS).glob("*.mvq"):
+        path.unlink()
+    if (out / _PARTS).is_dir() and not any((out / _PARTS).iterdir()):
+        (out / _PARTS).rmdir()
 
 
 def _check_folder(out: Path, record: dict[str, Any], resume: bool, force: bool) -> None:

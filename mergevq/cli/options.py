@@ -1,5 +1,6 @@
 """Options that several verbs share: how they are written, and what their values become."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Protocol
@@ -52,6 +53,12 @@ Size = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(d
 
 Model = Annotated[str, tyro.conf.arg(metavar="M")]
 """A model file, the folder of a training run, or a Hugging Face hub id."""
+
+
+def read_classes(words: str) -> list[int | str]:
+    """Returns the numbers and names in a list with commas between; what is empty is left out."""
+    stripped = (word.strip() for word in words.split(","))
+    return [int(word) if re.fullmatch("-?[0-9]{1,9}", word) else word for word in stripped if word]
 
 
 def choose_device(name: str) -> str:

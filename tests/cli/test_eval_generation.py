@@ -54,6 +54,8 @@ BAD = {
     "negative guidance": ("--num-images 4 --guidance 1,-1", "guidance of at least 0"),
     "guided by nothing": ("--num-images 4 --guidance 2 --classes none", "guidance 1 without classes"),
     "unknown class": ("--num-images 4 --classes dig", "such as dog"),
+    "no number": ("--num-images 4 --classes=--1", "got '--1'"),
+    "negative limit": ("--num-images 4 --limit -3", "limit of at least 1"),
     "class number": ("--num-images 4 --classes 2", "0..1, got 2"),
     "K above L": ("--num-images 4 --num-tokens 65", "1..64"),
     "steps in raster order": ("--num-images 4 --steps 4", "random order only"),

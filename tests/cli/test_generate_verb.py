@@ -1,6 +1,7 @@
 """`mergevq generate`: what lands in the folder, and that a killed run goes on to the same images."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,51 @@ def test_a_killed_run_goes_on_to_the_same_images(generators, tokenizer_file, tmp
     assert "--force" in capsys.readouterr().err
 
 
+def test_force_forgets_what_a_killed_run_left(generators, tokenizer_file, tmp_path, monkeypatch) -> None:
+    words = ["--num-images", "4", "--batch-size", "1", "--num-tokens", "9"]
+    assert run(tmp_path / "whole", generators["raster"], tokenizer_file, *words, "--seed", "1") == 0
+    generate, left = MergeAR.generate, [0]
+
+    def dying(self: MergeAR, *arguments: object, **options: object) -> object:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return generate(self, *arguments, **options)
+
+    monkeypatch.setattr(MergeAR, "generate", dying)
+    out = tmp_path / "out"
+    left[0] = 3
+    assert run(out, generators["raster"], tokenizer_file, *words) == 130
+    left[0] = 1
+    assert run(out, generators["raster"], tokenizer_file, *words, "--seed", "1", "--force") == 130
+    left[0] = 3
+    assert run(out, generators["raster"], tokenizer_file, *words, "--seed", "1", "--resume") == 0
+    assert contents(out) == contents(tmp_path / "whole")
+    left[0] = 3
+    assert run(out, generators["raster"], tokenizer_file, *words, "--force") == 130
+    left[0] = 1  # Fewer images than the parts that are there.
+    words[1] = "1"
+    assert run(out, generators["raster"], tokenizer_file, *words, "--force") == 0
+    assert not (out / "parts").exists()
+
+
+def test_options_reach_every_batch_and_a_warning_comes_once(
+    generators, tokenizer_file, tmp_path, monkeypatch, caplog
+) -> None:
+    given, generate = [], MergeAR.generate
+
+    def spy(self: MergeAR, *arguments: object, **options: object) -> object:
+        given.append((options["guidance_schedule"], options["guidance_power"]))
+        logging.getLogger("mergevq").warning("strange")
+        return generate(self, *arguments, **options)
+
+    monkeypatch.setattr(MergeAR, "generate", spy)
+    words = ["--num-images", "2", "--batch-size", "1", "--guidance-schedule", "power_cosine", "--guidance-power", "2.5"]
+    assert run(tmp_path / "out", generators["raster"], tokenizer_file, *words) == 0
+    assert given == 2 * [("power_cosine", 2.5)]
+    assert [record.getMessage() for record in caplog.records] == ["strange"]
+
+
 def test_random_order_draws_where_recovery_puts_the_tokens(generators, tokenizer_file, tmp_path) -> None:
     out = tmp_path / "out"
     words = ["--num-tokens", "12", "--steps", "4", "--num-images", "2"]
@@ -127,7 +173,11 @@ def test_random_order_draws_where_recovery_puts_the_tokens(generators, tokenizer
     [
         (["--classes", "dog"], "expected a class such as dogs"),
         (["--classes", "3"], "expected classes 0..2, got 3"),
+        (["--classes=--1"], "got '--1'"),
         (["--num-tokens", "65"], "expected num_tokens in 1..64, got 65"),
+        (["--num-tokens", "0"], "expected num_tokens in 1..64, got 0"),
+        (["--steps", "4"], "--steps for a generator in random order only"),
+        (["--guidance", "nan"], "guidance"),
         (["--top-p", "0"], "top_p"),
         (["--guidance", "-1"], "guidance"),
         (["--temperature", "-1"], "temperature"),
@@ -141,7 +191,7 @@ def test_bad_input_gets_one_line(words, message, generators, tokenizer_file, tmp
     text = capsys.readouterr().err
     assert message in text
     assert text.count("\n") == 1
-    assert not list(tmp_path.glob("out/*.png"))
+    assert not (tmp_path / "out").exists()  # The right words are not refused afterwards.
 
 
 def test_models_that_do_not_belong_together_are_refused(generators, tiny_tokenizer, tmp_path, capsys) -> None:
