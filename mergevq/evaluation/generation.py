@@ -105,6 +105,10 @@ def evaluate_generation(
         replace(sampling, guidance=setting.guidance).check(len(config.groups))
     if min(num_images, batch_size) < 1:
         raise ConfigError(f"expected num_images and batch_size of at least 1, got {num_images} and {batch_size}")
+    if (limit is not None and limit < 1) or (neighbour_limit or 0) < 0:
+        raise ConfigError(
+            f"expected limit of at least 1 and neighbour_limit of at least 0, got {limit} and {neighbour_limit}"
+        )
     if not 0 <= shown <= MOST_SHOWN:
         raise ConfigError(f"expected 0..{MOST_SHOWN} shown images, as all are held in memory, got {shown}")
     real = evaluation_images(reference)
@@ -117,7 +121,7 @@ def evaluate_generation(
         labels=labels,
         batch_size=batch_size,
         shown=min(shown, num_images),
-        options=generate_options(sampling, config.order, dtype, compile),
+        options=generate_options(sampling, dtype, compile),
     )
     place = torch.device(device) if device is not None else tok.encoder.class_token.device
     features = None if network is None else feature_network(network).to(place)

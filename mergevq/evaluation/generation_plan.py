@@ -117,20 +117,14 @@ def image_labels(
     return [pool[order[i % len(pool)]] for i in range(count)]
 
 
-def generate_options(sampling: SamplingOptions, order: str, dtype: torch.dtype | None, compile: bool) -> dict[str, Any]:
+def generate_options(sampling: SamplingOptions, dtype: torch.dtype | None, compile: bool) -> dict[str, Any]:
     """Returns the options of `generate` that are equal in all settings.
 
     Args:
         sampling: its guidance scale is not read.
-        order: of the generator.
         dtype: arithmetic of the generator.
         compile: compile its step.
-
-    Raises:
-        ConfigError: this generator's step cannot be compiled.
     """
-    if compile and order != "raster":
-        raise ConfigError("expected compile for a generator in raster order only, this one goes in random order")
     return {
         "temperature": sampling.temperature,
         "top_k": sampling.top_k,
@@ -139,7 +133,7 @@ def generate_options(sampling: SamplingOptions, order: str, dtype: torch.dtype |
         "guidance_power": sampling.power,
         "guidance_interval": sampling.interval,
         "dtype": dtype,
-        **({"compile": compile} if order == "raster" else {}),
+        "compile": compile,
     }
 
 

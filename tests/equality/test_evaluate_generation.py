@@ -379,6 +379,18 @@ def test_random_ar_takes_steps_and_needs_recovery(tiny_tokenizer: MergeVQ, tiny_
         evaluate_generation(generator, tiny_tokenizer, data, **options)
 
 
+@pytest.mark.parametrize("kind", [MergeAR, RandomAR])
+def test_compile_is_passed_on_to_either_order(
+    kind: type, tiny_tokenizer: MergeVQ, tiny_generator: dict, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
+    generator = kind(GeneratorConfig(**tiny_generator, order=kind.order))
+    for compile in (False, True):
+        evaluate_generation(generator, tiny_tokenizer, data, num_images=2, network=None, compile=compile)
+        assert len(compiled) == compile
+
+
 def test_bad_input_is_refused_before_anything_runs(tiny_tokenizer: MergeVQ, data: Path) -> None:
     generator = Noise(tiny_tokenizer, class_names=("cat", "dog"))
     generator.generate_with_stats = lambda *_, **__: pytest.fail("it ran")
@@ -395,6 +407,9 @@ def test_bad_input_is_refused_before_anything_runs(tiny_tokenizer: MergeVQ, data
     refused(CheckpointError, "expected tokenizer ffff", Noise(tiny_tokenizer, tokenizer=64 * "f"))
     refused(ConfigError, "num_images and batch_size of at least 1, got 0", num_images=0)
     refused(ConfigError, "num_images and batch_size of at least 1, got 4 and 0", batch_size=0)
+    refused(ConfigError, "limit of at least 1 and .* got 0 and None", limit=0)
+    refused(ConfigError, "got -3 and 0", limit=-3, neighbour_limit=0)
+    refused(ConfigError, "got None and -1", neighbour_limit=-1)
     refused(ConfigError, "guidance of at least 0", guidance=(1, -2))
     refused(ConfigError, "none twice", guidance=(1, 1.0))
     refused(ConfigError, "at least one setting", guidance=())
