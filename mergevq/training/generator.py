@@ -126,7 +126,7 @@ def train_generator(
         OutputExistsError: `out` is not empty, and neither `resume` nor `force` is given.
         ConfigError: the run does not make sense, or `resume` with another configuration.
         TokenFileError: a cache is missing, empty or damaged, or another tokenizer made it.
-        DataError: held-out tokens of another kind or too few, no images, or `resume` with other ones.
+        DataError: held-out tokens of another kind or too few, no images, or `resume` with other ones or other tokens.
         CheckpointError: nothing to resume, or what is there does not fit; or there is no such tokenizer or generator.
         MissingDependencyError: mergevq was installed without its train extra.
         NonFiniteLossError: a loss became NaN or infinite; the last saved state is whole.
@@ -141,7 +141,8 @@ def train_generator(
     if run.model.order == "random" and inputs.tokenizer is not None and inputs.tokenizer.recovery is None:
         notices = ("no pictures of samples: this tokenizer has no recovery, which random order needs",)
     build = partial(_GeneratorTraining, run, inputs)
-    return run_training(fabric, Plan(run, out, build, images, resume, init, notices))
+    tokens = inputs.train.fingerprint if isinstance(inputs.train, TokenCache) else None
+    return run_training(fabric, Plan(run, out, build, images, resume, init, notices, tokens))
 
 
 class _GeneratorTraining:

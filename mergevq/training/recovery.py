@@ -185,7 +185,7 @@ def train_recovery(
         ConfigError: the run does not make sense, nothing was merged in the cached tokens, or `resume` with another
             configuration.
         TokenFileError: a cache is missing or damaged, or another tokenizer made it.
-        DataError: there are fewer held-out images than processes, or `resume` with another number of images.
+        DataError: there are fewer held-out images than processes, or `resume` with other tokens.
         CheckpointError: there is no such tokenizer, nothing to resume, or what is there does not fit.
         MissingDependencyError: mergevq was installed without its train extra.
         NonFiniteLossError: a loss became NaN or infinite; the last saved state is whole.
@@ -199,7 +199,8 @@ def train_recovery(
     images = {"train": len(inputs.train), "val": len(inputs.val)}
     start = "the recovery that the tokenizer has, trained further" if goes_on(run, inputs.tok) else "a new recovery"
     build = partial(_RecoveryTraining, run, inputs)
-    return run_training(fabric, Plan(run, out, build, images, resume, init, (f"{start}: {run.recovery}",)))
+    notices = (f"{start}: {run.recovery}",)
+    return run_training(fabric, Plan(run, out, build, images, resume, init, notices, inputs.train.fingerprint))
 
 
 class _RecoveryTraining:

@@ -43,27 +43,35 @@ def check_folder(out: Path, run: Run, resume: bool, force: bool) -> None:
         )
 
 
-def check_images(out: Path, run: Run, train: int, val: int) -> None:
-    """Checks that a run that goes on in `out` has as many images as before.
+def check_images(out: Path, run: Run, tokens: str | None, train: int, val: int) -> None:
+    """Checks that a run that goes on in `out` has as many images as before, and the same cached tokens.
 
     Raises:
         DataError: it has not.
     """
-    before = _read_record(out, run.kind)["images"]
+    record = _read_record(out, run.kind)
+    before = record["images"]
     if before != {"train": train, "val": val}:
         raise DataError(
             f"expected the {before['train']} images and {before['val']} held-out ones that {out} was started with, "
             f"got {train} and {val}: point data.train and data.val at the same images"
         )
+    # The first runs did not tell.
+    if record.get("tokens", tokens) != tokens:
+        raise DataError(
+            f"expected the tokens that {out} was started with, got others: point data.tokens at the same cache, or "
+            "start another run from its model with --init"
+        )
 
 
-def begin(out: Path, run: Run, resume: bool, train: int, val: int) -> None:
+def begin(out: Path, run: Run, resume: bool, tokens: str | None, train: int, val: int) -> None:
     """Writes `run.json`: version, commands, resolved configuration. Without `resume` an earlier run's results go.
 
     Args:
         out: folder of the run.
         run: its configuration.
         resume: whether it goes on there.
+        tokens: fingerprint of the cached tokens to train on; None if there are none.
         train: number of images to train on.
         val: number of held-out images.
 
@@ -85,6 +93,7 @@ def begin(out: Path, run: Run, resume: bool, train: int, val: int) -> None:
         "python": platform.python_version(),
         "commands": commands,
         "images": {"train": train, "val": val},
+        "tokens": tokens,
         "config": config_to_dict(run),
     }
     write_json(out / "run.json", record)

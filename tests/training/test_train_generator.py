@@ -367,6 +367,10 @@ def test_resuming_with_other_tokens_is_refused(generator_run, caches, tmp_path, 
         tok, ImageFolder(image_folder).select(range(5)), tmp_path / "less", num_tokens=(40, 20, 10), workers=0
     )
     refused(DataError, "expected the 9 images", longer, out, resume=True, cache=less)
+    others = write_token_cache(
+        tok, ImageFolder(image_folder).select(range(4, 13)), tmp_path / "others", num_tokens=(40, 20, 10), workers=0
+    )
+    refused(DataError, "got others: point data.tokens", longer, out, resume=True, cache=others)
     refused(ConfigError, "optim.lr", changed(longer, optim={"lr": 1.0}), out, resume=True)
     with pytest.raises(CheckpointError, match="expected a tokenizer-run file, got a generator-run file"):
         train_tokenizer(presets.tiny(), out, resume=True)
