@@ -62,6 +62,11 @@ class CacheSettings:
                 raise ConfigError(f"expected different {name}, got {getattr(self, name)}")
         if not 1 <= self.num_bits <= 30 or min(self.grid) < 1:
             raise ConfigError(f"expected num_bits 1..30 and a grid of at least 1, got {self.num_bits} and {self.grid}")
+        if not 0 <= self.num_classes < 2**31 or self.data_images >= 2**32:
+            raise ConfigError(
+                f"expected num_classes below 2**31 and data_images below 2**32, got {self.num_classes} and "
+                f"{self.data_images}"
+            )
         if self.shard_size < 1 or self.data_images < 1:
             raise ConfigError(
                 f"expected at least one image a shard, got {self.shard_size} of {self.data_images} images"

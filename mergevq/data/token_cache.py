@@ -72,7 +72,8 @@ class TokenCache:
         self._hashes = [sha for _, _, _, sha in shards]
         self._ends = list(accumulate(images for _, images, _, _ in shards))
         named = [file for file, _, _, _ in shards]
-        if named != [shard_name(s) for s in range(self.settings.num_shards)] or self._ends[-1] < 1:
+        right = len(named) == self.settings.num_shards and named == [shard_name(s) for s in range(len(named))]
+        if not right or self._ends[-1] < 1:
             raise TokenFileError(
                 f"{self.folder / MANIFEST}: expected {self.settings.num_shards} shards with at least one image, got "
                 f"{len(shards)}: encode the images again"

@@ -401,6 +401,11 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no bits": (lambda f: edit(f / MANIFEST, lambda m: m["settings"].update(num_bits=0)), "num_bits 1..30"),
     "fewer bits": (lambda f: edit(f / MANIFEST, lambda m: m["settings"].update(num_bits=9)), "crop.20.index"),
     "fewer classes": (lambda f: edit(f / MANIFEST, lambda m: m["settings"].update(num_classes=1)), "labels -1..0"),
+    "too many classes": (lambda f: edit(f / MANIFEST, lambda m: m["settings"].update(num_classes=10**9 * 9)), "2..31"),
+    "endless shards": (
+        lambda f: edit(f / MANIFEST, lambda m: m["settings"].update(data_images=2**32 - 1, shard_size=1)),
+        "expected 4294967295 shards",
+    ),
     "missing shard": (lambda f: (f / "shard-00001.safetensors").unlink(), "shard-00001.safetensors: .* missing"),
     "truncated shard": (lambda f: truncate(f / "shard-00002.safetensors"), "shard-00002.safetensors: .* truncated"),
     "another shard's file": (replace_shard, "shard-00001.safetensors: expected .* bytes"),
