@@ -12,6 +12,7 @@ from mergevq.data.folder import ImageFolder
 from mergevq.errors import DataError
 
 _MOST = 1_000_000
+_LONGEST = 1000
 
 
 def label_images(images: ImageFolder, file: str | Path, known: Collection[str] = ()) -> ImageFolder:
@@ -51,7 +52,7 @@ def _read_json(path: Path, text: str) -> list[tuple[str, Any]]:
     try:
         # The pairs as they stand in the file, so that a repeated name is seen.
         pairs = json.loads(text, object_pairs_hook=list)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: expected JSON, the file is damaged ({error})") from error
     if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
         raise DataError(f'{path}: expected {{"name": label, ...}}, got {text.strip()[:20]!r}')
@@ -59,13 +60,18 @@ def _read_json(path: Path, text: str) -> list[tuple[str, Any]]:
 
 
 def _read_csv(path: Path, text: str) -> list[tuple[str, Any]]:
-    rows = [row for row in csv.reader(io.StringIO(text)) if row]
+    try:
+        rows = [row for row in csv.reader(io.StringIO(text)) if row]
+    except csv.Error as error:  # A quotation mark that is not closed, for example.
+        raise DataError(f"{path}: expected name,label in each line, the file is damaged ({error})") from error
     if rows and [cell.strip().lower() for cell in rows[0]] == ["name", "label"]:
         rows = rows[1:]
     for row in rows:
         if len(row) != 2:
             raise DataError(f"{path}: expected name,label in each line, got {','.join(row)[:60]!r}")
     labels = [label.strip() for _, label in rows]
+    if endless := next((label for label in labels if len(label) > _LONGEST), None):
+        raise DataError(f"{path}: expected labels of at most {_LONGEST} characters, got {endless[:20]}...")
     whole = all(label.removeprefix("-").isdecimal() for label in labels)
     return [(row[0].strip(), int(label) if whole else label) for row, label in zip(rows, labels, strict=True)]
 

@@ -60,6 +60,9 @@ def test_parts_of_a_data_set_number_alike(data: ImageFolder, tmp_path: Path) -> 
 
 
 REFUSED = {
+    "quote left open": ("a.csv", 'deep/0.png,"x\n' + 200_000 * "y", "the file is damaged"),
+    "endless number": ("a.csv", f"deep/0.png,{5000 * '9'}\n", "at most 1000 characters"),
+    "endless nesting": ("a.json", 200_000 * "[", "expected JSON, the file is damaged"),
     "missing": ("a.csv", "deep/0.png,x\n", "each of 3 images, 2 have none, first deep/1.png"),
     "unknown": ("a.json", json.dumps({**NAMED, "9.png": "x"}), "such as deep/0.png, 1 are not, first 9.png"),
     "empty": ("a.csv", "", "3 have none"),
