@@ -3,6 +3,7 @@
 import difflib
 import logging
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +130,10 @@ def resolve_classes(classes: Sequence[int | str], config: GeneratorConfig) -> li
 
 def _class_number(name: int | str, config: GeneratorConfig) -> int:
     if not isinstance(name, str):
-        number = int(name)
+        try:
+            number = operator.index(name)  # Also of numpy and torch; 1.7 is no class.
+        except TypeError:
+            raise ConfigError(f"expected classes that are whole numbers or names, got {name!r}") from None
         if not 0 <= number < config.num_classes:
             raise ConfigError(f"expected classes 0..{config.num_classes - 1}, got {number}")
         return number
@@ -153,7 +157,10 @@ def resolve_num_tokens(num_tokens: int | Sequence[int] | None, count: int, confi
     """
     if num_tokens is None:
         num_tokens = config.num_tokens
-    kept = [num_tokens] * count if isinstance(num_tokens, int) else [int(k) for k in num_tokens]
+    try:
+        kept = [num_tokens] * count if isinstance(num_tokens, int) else [operator.index(k) for k in num_tokens]
+    except TypeError:
+        raise ConfigError(f"expected num_tokens of whole numbers, got {num_tokens!r}") from None
     if len(kept) != count:
         raise ConfigError(f"expected one num_tokens, or {count}, one an image, got {len(kept)}")
     if not 1 <= min(kept) <= max(kept) <= config.num_patches:

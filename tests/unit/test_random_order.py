@@ -282,6 +282,9 @@ def test_saving_and_loading(model: RandomAR, tmp_path: Path) -> None:
         ({"num_tokens": 0}, r"expected num_tokens in 1\.\.12, got 0"),
         ({"num_tokens": 13}, r"expected num_tokens in 1\.\.12, got .*13"),
         ({"classes": [3]}, r"expected classes 0\.\.2, got 3"),
+        ({"classes": [1.7]}, r"classes that are whole numbers or names, got 1\.7"),
+        ({"num_tokens": 8.0}, r"num_tokens of whole numbers, got 8\.0"),
+        ({"num_tokens": [4.5]}, r"num_tokens of whole numbers, got \[4\.5\]"),
         ({"guidance": -1.0}, "guidance"),
         ({"temperature": math.nan}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
@@ -290,7 +293,7 @@ def test_saving_and_loading(model: RandomAR, tmp_path: Path) -> None:
         ({"seeds": [1, 2]}, "seeds"),
     ],
 )
-def test_bad_input_gets_one_line(model: RandomAR, options: dict[str, Any], message: str) -> None:
+def test_bad_input_gets_one_line(model: RandomAR, unchecked: None, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         model.generate(**options)
     assert "\n" not in str(caught.value)
