@@ -10,8 +10,9 @@ import torch
 
 import mergevq
 from mergevq import presets
-from mergevq.cli.main import main
+from mergevq.cli.main import VERBS, main
 from mergevq.sampling import image_seeds
+from mergevq.training.dry_run import count_parameters
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -74,8 +75,33 @@ def test_every_verb_of_the_readme_has_help(capsys: pytest.CaptureFixture[str]) -
         assert "usage: mergevq" in capsys.readouterr().out
 
 
+def test_every_verb_with_two_words_is_one() -> None:
+    lines = re.search(r"```\n(mergevq demo .*?)```", README, re.S)
+    assert lines is not None
+    told = [line.split()[1:3] for line in lines[1].splitlines()]
+    assert {words[0] if words[0] in VERBS else " ".join(words) for words in told} == set(VERBS)
+
+
+def preset_rows(head: str) -> dict[str, str]:
+    """Name and other cells of each row of the table whose head begins like this."""
+    table = README.split(f"\n| preset | {head} |")[1].split("\n\n")[0]
+    return dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", table, re.M))
+
+
+def test_the_generators_table_is_the_presets() -> None:
+    rows = preset_rows("blocks")
+    assert {*rows, *(f"{name}_random" for name in rows)} == set(presets.generator_names())
+    for name, row in rows.items():
+        model = presets.generator(name).model
+        sizes = [
+            f"{count_parameters(presets.generator(order))['generator'] / 1e6:.1f} M"
+            for order in (name, f"{name}_random")
+        ]
+        assert row.split(" | ")[:4] == [f"{model.depth} + {model.group_depth}", str(model.width), *sizes]
+
+
 def test_the_presets_table_is_the_presets() -> None:
-    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", README, re.M))
+    rows = preset_rows("pixels")
     assert tuple(rows) == presets.tokenizer_names()
     for name, row in rows.items():
         config = presets.tokenizer(name).model
