@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mergevq.configuration import config_to_dict
 from mergevq.files import load_tensors, read_json, write_json
 from mergevq.tokenizer.config import (
     AlignmentConfig,
@@ -23,7 +24,6 @@ from mergevq.tokenizer.config import (
     QuantizerConfig,
     RecoveryConfig,
     TokenizerConfig,
-    config_to_dict,
 )
 from mergevq.tokenizer.model import MergeVQ
 from mergevq.training.config import (
