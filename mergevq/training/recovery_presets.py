@@ -26,7 +26,7 @@ def _emoji_64() -> RecoveryRun:
     return RecoveryRun(
         recovery=RecoveryConfig(width=128, heads=4),
         optim=OptimConfig(
-            lr=1e-3,
+            lr=2e-3,
             betas=(0.9, 0.95),
             weight_decay=0.01,
             warmup_steps=200,

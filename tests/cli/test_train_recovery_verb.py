@@ -96,7 +96,7 @@ def test_dry_run_shows_what_tokens_and_tokenizer_decide(
     words = ["train", "recovery", "--preset", "emoji_64", "--out", str(tmp_path / "run"), "--dry-run"]
     assert main([*words, "--optim.lr", "2e-4"]) == 0
     out = capsys.readouterr().out
-    assert "optim.lr = 0.0002 (preset 0.001)" in out and "parameters: depend on data.tokenizer" in out
+    assert "optim.lr = 0.0002 (preset 0.002)" in out and "parameters: depend on data.tokenizer" in out
 
     assert main([*words, *tokens]) == 0
     out = capsys.readouterr().out

@@ -20,6 +20,7 @@ from mergevq.losses.recovery import recovery_loss
 from mergevq.quantize import index_to_codes
 from mergevq.tokenizer.config import RecoveryConfig
 from mergevq.tokenizer.model import MergeVQ
+from mergevq.tokenizer.recovery import SourceRecovery
 from mergevq.training import recovery
 from mergevq.training.config import HardwareConfig, OptimConfig
 from mergevq.training.recovery import RecoveryStep, build_state, train_recovery, train_step
@@ -179,6 +180,15 @@ def test_a_memorisable_cache_is_memorised(bare, image_folder, run, tmp_path):
     right = tokens.index.T[..., None] == tokens.full_index()  # rank, image, patch
     majority = right.double().mean(1).max(0).values.mean().item()
     assert first["recovery_accuracy"] < majority < last["recovery_accuracy"] - 0.1
+
+
+def test_a_new_recovery_tells_near_patches_from_far_ones(tok):
+    queries = SourceRecovery(tok.config).queries.detach()[0]
+    across, down = (
+        torch.cosine_similarity(queries[:, 4, 4], queries[:, 4 + d, 4 + r], dim=0) for d, r in ((0, 1), (1, 0))
+    )
+    far = torch.cosine_similarity(queries[:, 4, 4], queries[:, 0, 7], dim=0)
+    assert 0.99 > across > far + 0.1 and 0.99 > down > far + 0.1
 
 
 # ------------------------------------------------------------------------------------------------------------- the step
