@@ -83,8 +83,12 @@ def test_two_processes_are_one_with_the_joined_batch(one_epoch, perceptual, teac
         report = train_step(state, joined(step), run)
     assert [reports[rank]["drawn"][-1] for rank in range(2)] == [report.num_tokens] * 2
     assert reports[0]["values"] == pytest.approx(report.values, rel=2e-3)
-    for name, tensor in weights_of(state).items():
-        assert torch.allclose(tensor, weights[0][name], atol=2e-5), name
+    # Adam makes steps of the rounding errors of gradients near 0, so single weights may be further apart than most.
+    last = {name: tensor for name, tensor in weights_of(state).items() if tensor.is_floating_point()}
+    assert [name for name, tensor in last.items() if not torch.allclose(tensor, weights[0][name], atol=2e-4)] == []
+    apart = sum((tensor - weights[0][name]).norm() ** 2 for name, tensor in last.items()) ** 0.5
+    way = sum((tensor - first[name]).norm() ** 2 for name, tensor in last.items()) ** 0.5
+    assert apart < 0.01 * way
     moved = [name for name in first if not torch.allclose(first[name], weights[0][name], atol=1e-4)]
     assert len(moved) > 0.9 * len(first)
 
