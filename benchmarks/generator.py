@@ -198,7 +198,7 @@ def sizes(quick: bool) -> Table:
                 driver.skip_to(length)
                 found[name] = driver.cache.state
             # Of the 24 blocks of l_256, one was built.
-            layers = 24 * found["full"].memory.numel() * 4 / images, 24 * found["merge"].memory.numel() * 4 / images
+            layers = [24 * found[kind].memory.num_bytes() / images for kind in ("full", "merge")]
             rows.append(
                 {
                     "L": length,
@@ -207,18 +207,18 @@ def sizes(quick: bool) -> Table:
                     "most distinct": distinct,
                     "slots full": num_slots(found["full"]),
                     "slots merge": num_slots(found["merge"]),
-                    "bound": config.prefix_length + 2 + 1 + distinct + 2 * chunk - 1,
+                    "bound": config.prefix_length + 2 + distinct + 2 * chunk - 1,
                     "MiB an image full": layers[0] / 2**20,
                     "MiB an image merge": layers[1] / 2**20,
                     "merge / full": num_slots(found["merge"]) / num_slots(found["full"]),
-                    "bookkeeping KiB": (num_bytes(found["merge"]) - found["merge"].memory.nbytes) / images / 1024,
+                    "bookkeeping KiB": (num_bytes(found["merge"]) - found["merge"].memory.num_bytes()) / images / 1024,
                 }
             )
     return (
         "Slots and bytes of the caches of l_256",
         rows,
         f"R = 2, a batch of {images}, whose fullest image decides the merge cache's slots; float32, one branch. "
-        f"{_DUPLICATES} The bound is prefix + R + scratch + most distinct + 2 chunk - 1.",
+        f"{_DUPLICATES} The bound is prefix + R + most distinct + 2 chunk - 1.",
     )
 
 
@@ -340,7 +340,7 @@ def attention_share(quick: bool, device: str = "cpu") -> Table:
 
 
 def _bandwidth(model: MergeAR, driver: Driver, seconds: float) -> dict[str, Any]:
-    read = sum(p.nbytes for p in model.transformer.blocks.parameters()) + driver.cache.state.memory.nbytes
+    read = sum(p.nbytes for p in model.transformer.blocks.parameters()) + driver.cache.state.memory.num_bytes()
     name = torch.cuda.get_device_name()
     peak = next((value for card, value in _BANDWIDTH.items() if card in name), None)
     return {"GB/s": read / seconds / 1e9, "of the card %": None if peak is None else 100 * read / seconds / peak}

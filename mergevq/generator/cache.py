@@ -4,13 +4,9 @@ Each cache is a tuple of tensors, written in place, and a function that prepares
 the step number among them, so that a step compiles as one graph, and nothing in it waits for the device or loops over
 images. Between steps the host makes room, chunk by chunk.
 
-The merge cache lies in memory as
-
-    prefix P | ring of the R recent tokens | scratch 1 | compact part C, the older tokens that are kept
-
-Token n enters the ring at n % R. When the next token takes its place, its keys and values move: to the compact part if
-it is the first with its index (or, under keep = "last", to the place of the one before with its index), otherwise to
-the scratch slot, which nobody sees. Images differ in where they write; they share one capacity.
+In the merge cache no token ever moves. When one is no longer recent it stays where it is if it is the first older one
+with its index; if it is not, the next token takes its slot (under keep = "last" the slot of the one before with its
+index). So every slot is one that the mask sees. Images differ in where they write; they share one capacity.
 
 Reference: MergeVQ section 4.1, figure 6 (b).
 """
@@ -19,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -28,25 +24,27 @@ from mergevq.generator.transformer import KeyValues
 
 
 class MergeState(NamedTuple):
-    """The merge cache. Rows of `memory` are the images, once for each branch of guidance."""
+    """The merge cache: prefix, then slots that tokens come and go in."""
 
-    memory: Float[Tensor, "2 depth rows heads S C"]
-    """Keys, values."""
+    memory: KeyValues
+    """S slots. Rows are the images, once for each branch of guidance."""
+    tokens: Int[Tensor, "B C"]
+    """Codebook index of the token in each slot; -1 is none."""
+    counts: Float[Tensor, "B C"]
+    """Tokens that it stands for: 1 if it is recent, 0 if there is none."""
+    older: Bool[Tensor, "B C"]
+    """Whether it is no longer recent."""
     recent: Int[Tensor, "B R"]
-    """Codebook index of each token in the ring."""
-    kept: Int[Tensor, "B C1"]
-    """Codebook index that scratch and compact slots hold; -1 is none, and the scratch slot never has one."""
-    counts: Float[Tensor, "B C1"]
-    """Tokens that each of these slots stands for."""
+    """Slot of each recent token, token n at n % R."""
     used: Int[Tensor, " B"]
-    """Compact slots in use."""
+    """Slots that have a token: those before this one."""
 
 
 class FullState(NamedTuple):
     """The cache that keeps everything: prefix, then a slot for each token."""
 
-    memory: Float[Tensor, "2 depth rows heads S C"]
-    """Keys, values."""
+    memory: KeyValues
+    """S slots. Rows are the images, once for each branch of guidance."""
     tokens: Int[Tensor, "B C"]
     """Codebook index of each token, -1 if it is still to come."""
     seen: Float[Tensor, "B C"]
@@ -65,8 +63,8 @@ def advance_merge(
     prefix_length: int,
     step: Int[Tensor, " 1"],
     previous: Int[Tensor, " B"],
-) -> tuple[Int[Tensor, " 1"], Float[Tensor, "B 1 1 S"]]:
-    """Makes room in the ring for the token before `step`; returns its slot, and the bias of the row of token `step`.
+) -> tuple[Int[Tensor, "B 1"], Float[Tensor, "B 1 1 S"]]:
+    """Finds a slot for the token before `step`; returns it, and the bias of the row of token `step`.
 
     Args:
         state: holds the tokens before `previous`; afterwards all of `previous` but its keys and values.
@@ -75,32 +73,28 @@ def advance_merge(
         step: t, the token that is to be predicted, 1 .. L-1.
         previous: codebook indices of token t - 1.
     """
-    ring, width = state.recent.shape[1], state.kept.shape[1]
-    place = (step - 1) % ring
-    leaving = state.recent.index_select(1, place)  # [B, 1]: token t - 1 - R.
-    leaves = step > ring
-    slot = torch.arange(width, device=step.device)
-    same = (state.kept == leaving) & leaves
-    known = same.any(1)
-    # Slot 0 is scratch.
-    to = torch.where(known, same.to(torch.uint8).argmax(1) if mask.keep == "last" else 0, state.used + 1)
-    to = torch.where(leaves, to, 0)
-    fresh = (slot == to[:, None]) & (slot > 0)
-    state.kept.copy_(torch.where(fresh, leaving, state.kept))
-    state.counts.add_(same | fresh)
-    state.used.add_(leaves & ~known)
-    state.recent.index_copy_(1, place, previous[:, None])
-
-    moved = state.memory.index_select(4, prefix_length + place)
-    branches = state.memory.shape[2] // to.shape[0]
-    target = (prefix_length + ring + to).repeat(branches)[:, None, None, None]
-    state.memory.scatter_(4, target.expand(moved.shape), moved)
-
-    older = state.counts.log() if mask.proportional else torch.where(state.counts > 0, 0.0, -torch.inf)
-    filled = torch.arange(ring, device=step.device) < step
-    recent = torch.where(filled, 0.0, -torch.inf).expand(to.shape[0], -1)
-    bias = torch.cat([torch.zeros_like(recent[:, :1]).expand(-1, prefix_length), recent, older], 1)
-    return prefix_length + place, bias[:, None, None]
+    slot = torch.arange(state.tokens.shape[1], device=step.device)
+    place = (step - 1) % state.recent.shape[1]
+    leaves = step > state.recent.shape[1]  # Token t - 1 - R is no longer recent, if there is one.
+    lies = state.recent.index_select(1, place)
+    leaving = (slot == lies) & leaves
+    same = state.older & (state.tokens == state.tokens.gather(1, lies)) & leaves
+    known = same.any(1, keepdim=True)
+    if mask.keep == "last":
+        state.counts.add_(leaving * (state.counts * same).sum(1, keepdim=True))
+        free = same
+    else:
+        state.counts.add_(same)
+        free = leaving
+    to = torch.where(known, free, slot == state.used[:, None])
+    state.older.logical_or_(leaving).logical_and_(~to)
+    state.counts.masked_fill_(to, 1)
+    state.tokens.copy_(torch.where(to, previous[:, None], state.tokens))
+    state.used.add_(~known[:, 0])
+    found = to.to(torch.uint8).argmax(1, keepdim=True)
+    state.recent.index_copy_(1, place, found)
+    bias = state.counts.log() if mask.proportional else torch.where(state.counts > 0, 0.0, -torch.inf)
+    return prefix_length + found, pad(bias, (prefix_length, 0))[:, None, None]
 
 
 def advance_full(
@@ -131,13 +125,13 @@ def advance_full(
 class MergeCache:
     """A merge cache that grows as far as the images have distinct indices.
 
-    Its slots never exceed P + R + 1 + the largest number of distinct indices of an image + 2 `chunk` - 1.
+    Its slots never exceed P + R + the largest number of distinct indices of an image + 2 `chunk` - 1.
 
     Args:
         config: of the generator; its mask has an R.
         images: in the batch.
         branches: 2 with guidance, which feeds each image twice.
-        chunk: the compact part is a multiple of this, and is looked after every so many steps.
+        chunk: its slots but the prefix are a multiple of this, and are looked after every so many steps.
         device: where.
         dtype: of keys and values.
     """
@@ -154,15 +148,14 @@ class MergeCache:
     ) -> None:
         assert config.mask.recent is not None
         # Of an image of L tokens, the last is never a key.
-        ring = max(1, min(config.mask.recent, config.num_patches - 1))
-        self._chunk = chunk
-        self._most = _up_to_multiple(config.num_patches - 1 - ring, chunk)
-        none = torch.full((images, ring), -1, device=device)
+        most = config.num_patches - 1
+        self._chunk, self._most = chunk, _up_to_multiple(most, chunk)
         self.state = MergeState(
-            _memory(config, images * branches, config.prefix_length + ring + 1, device, dtype),
-            none,
-            none[:, :1].clone(),
-            torch.zeros(images, 1, device=device),
+            KeyValues.empty(config.depth, images * branches, config.prefix_length, config, device, dtype),
+            torch.zeros(images, 0, dtype=torch.int64, device=device),
+            torch.zeros(images, 0, device=device),
+            torch.zeros(images, 0, dtype=torch.bool, device=device),
+            torch.zeros(images, max(1, min(config.mask.recent, most)), dtype=torch.int64, device=device),
             torch.zeros(images, dtype=torch.int64, device=device),
         )
 
@@ -173,14 +166,17 @@ class MergeCache:
 
         Waits for the device once, to read how far the fullest image is.
         """
-        used = 0 if step == 1 else int(self.state.used.max())
-        room = self.state.kept.shape[1] - 1
-        wanted = min(_up_to_multiple(used + self._chunk, self._chunk), self._most)
-        if wanted > room:
-            memory, recent, kept, counts, used_slots = self.state
-            more = wanted - room
+        memory, tokens, counts, older, recent, used = self.state
+        fullest = 0 if step == 1 else int(used.max())
+        more = min(_up_to_multiple(fullest + self._chunk, self._chunk), self._most) - tokens.shape[1]
+        if more > 0:
             self.state = MergeState(
-                pad(memory, (0, 0, 0, more)), recent, pad(kept, (0, more), value=-1), pad(counts, (0, more)), used_slots
+                _grown(memory, more),
+                pad(tokens, (0, more), value=-1),
+                pad(counts, (0, more)),
+                pad(older, (0, more)),
+                recent,
+                used,
             )
 
 
@@ -199,7 +195,7 @@ class FullCache:
     ) -> None:
         self._chunk = chunk
         self.state = FullState(
-            _memory(config, images * branches, config.prefix_length, device, dtype),
+            KeyValues.empty(config.depth, images * branches, config.prefix_length, config, device, dtype),
             torch.zeros(images, 0, dtype=torch.int64, device=device),
             torch.zeros(images, 0, device=device),
             torch.zeros(images, 0, device=device),
@@ -213,32 +209,27 @@ class FullCache:
         more = _up_to_multiple(step - 1 + self._chunk, self._chunk) - tokens.shape[1]
         if more > 0:
             self.state = FullState(
-                pad(memory, (0, 0, 0, more)),
+                _grown(memory, more),
                 pad(tokens, (0, more), value=-1),
                 pad(seen, (0, more), value=-torch.inf),
                 pad(counts, (0, more), value=1.0),
             )
 
 
-def key_values(state: State) -> KeyValues:
-    """Returns keys and values of a cache, as views."""
-    return KeyValues(state.memory[0], state.memory[1])
-
-
 def num_slots(state: State) -> int:
     """Returns how many keys a token attends to, masked ones included."""
-    return state.memory.shape[4]
+    return state.memory.keys[0].shape[2]
 
 
 def num_bytes(state: State) -> int:
     """Returns the memory that a cache has, bookkeeping included."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in state)
+    memory, *books = state
+    return memory.num_bytes() + sum(tensor.numel() * tensor.element_size() for tensor in books)
 
 
-def _memory(config: GeneratorConfig, rows: int, slots: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    # Zeros, not rubbish: a weight of 0 does not hide a NaN.
-    shape = (2, config.depth, rows, config.num_kv_heads, slots, config.head_width)
-    return torch.zeros(shape, device=device, dtype=dtype)
+def _grown(memory: KeyValues, slots: int) -> KeyValues:
+    keys, values = (tuple(pad(tensor, (0, 0, 0, slots)) for tensor in tensors) for tensors in memory)
+    return KeyValues(keys, values)
 
 
 def _up_to_multiple(number: int, of: int) -> int:

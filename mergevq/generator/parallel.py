@@ -125,23 +125,22 @@ def decode_in_parallel(
     # Guidance comes as a tensor: compiled code would be compiled again for every scale.
     groups = tuple(group._replace(guidance=1.0) for group in plan.options.per_group(num_groups))
     sizes = group_sizes(num_tokens, plan.steps or num_tokens)
-    # Nothing follows the last token. Zeros, not rubbish: a weight of 0 does not hide a NaN.
+    # Nothing follows the last token.
     capacity = length + 2 * num_tokens - 1
-    shape = (2, config.depth, images * branches, config.num_kv_heads, capacity, config.head_width)
-    memory = torch.zeros(shape, device=device, dtype=plan.dtype)
+    memory = KeyValues.empty(config.depth, images * branches, capacity, config, device, plan.dtype)
     total = torch.zeros((), device=device)
     rotation = rotation.repeat(branches, 1, 1, 1)
     fed, begin, done, parts = prefix, 0, 0, []
     for size in sizes:
         now, first = slice(done, done + size), length + 2 * done
         end = first + size
-        seen = memory[..., : min(capacity, -(-end // _CHUNK) * _CHUNK), :]
+        seen = min(capacity, -(-end // _CHUNK) * _CHUNK)
         index = plan.next_group(
             transformer,
             torch.cat([fed, instructions[:, now].repeat(branches, 1, 1)], 1),
             torch.cat([rotation[:, begin:first], rotation[:, first : first + 2 * size : 2]], 1),
-            step_bias(begin, first, end, seen.shape[4], device),
-            KeyValues(seen[0], seen[1]),
+            step_bias(begin, first, end, seen, device),
+            memory.first(seen),
             torch.arange(begin, end, device=device),
             uniforms[:, now],
             torch.tensor(plan.options.scales(num_groups, done / max(1, num_tokens - 1)), device=device),
@@ -154,7 +153,7 @@ def decode_in_parallel(
         fed, begin, done = pairs[:, 1:].repeat(branches, 1, 1), first + 1, done + size
     if not bool(torch.isfinite(total)):
         raise non_finite()
-    return Decoded(torch.cat(parts, 1), len(sizes), memory.numel() * memory.element_size(), capacity)
+    return Decoded(torch.cat(parts, 1), len(sizes), memory.num_bytes(), capacity)
 
 
 def next_group(

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mergevq.errors import ConfigError
-from mergevq.generator.cache import Advance, FullCache, MergeCache, State, key_values, num_bytes, num_slots
+from mergevq.generator.cache import Advance, FullCache, MergeCache, State, num_bytes, num_slots
 from mergevq.generator.generate import (
     GenerationStats,
     Request,
@@ -275,7 +275,7 @@ def fill_prefix(
     slots = torch.arange(prefix.shape[1], device=prefix.device)
     seen = torch.arange(num_slots(state), device=prefix.device) <= slots[:, None]
     bias = torch.where(seen, 0.0, -torch.inf)[None, None]
-    hidden = transformer(prefix, transformer.rotation[: prefix.shape[1]], bias, key_values(state), slots)
+    hidden = transformer(prefix, transformer.rotation[: prefix.shape[1]], bias, state.memory, slots)
     return hidden[:, -1]
 
 
@@ -293,10 +293,12 @@ def feed_token(
     """
     config = transformer.config
     slots, bias = advance(state, config.mask, config.prefix_length, step, previous)
-    branches = state.memory.shape[2] // previous.shape[0]
+    branches = state.memory.keys[0].shape[0] // previous.shape[0]
+    if slots.ndim == 2:
+        slots = slots.repeat(branches, 1)
     x = transformer.embed(previous[:, None]).repeat(branches, 1, 1)
     rotation = transformer.rotation.index_select(0, config.prefix_length - 1 + step)
-    hidden: Tensor = transformer(x, rotation, bias.repeat(branches, 1, 1, 1), key_values(state), slots)
+    hidden: Tensor = transformer(x, rotation, bias.repeat(branches, 1, 1, 1), state.memory, slots)
     return hidden[:, 0]
 
 

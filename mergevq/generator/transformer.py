@@ -22,14 +22,34 @@ from mergevq.quantize import join_index, split_index
 
 
 class KeyValues(NamedTuple):
-    """Keys (already rotated) and values of every block, written in place."""
+    """Keys (already rotated) and values, written in place.
 
-    keys: Float[Tensor, "depth B heads S C"]
-    values: Float[Tensor, "depth B heads S C"]
+    Every block has tensors of its own: compiled code that writes to a part of a tensor and reads it copies all of it.
+    """
+
+    keys: tuple[Float[Tensor, "B heads S C"], ...]
+    values: tuple[Float[Tensor, "B heads S C"], ...]
 
     def layer(self, number: int) -> tuple[Tensor, Tensor]:
-        """Returns keys and values of one block, as views."""
+        """Returns keys and values of one block."""
         return self.keys[number], self.values[number]
+
+    def first(self, slots: int) -> "KeyValues":
+        """Returns those of the first slots, as views."""
+        return KeyValues(tuple(k[:, :, :slots] for k in self.keys), tuple(v[:, :, :slots] for v in self.values))
+
+    def num_bytes(self) -> int:
+        """Returns their memory."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.keys, *self.values))
+
+    @staticmethod
+    def empty(
+        blocks: int, rows: int, slots: int, config: GeneratorConfig, device: torch.device, dtype: torch.dtype
+    ) -> "KeyValues":
+        """Returns keys and values of nothing yet: zeros, not rubbish, as a weight of 0 does not hide a NaN."""
+        shape = (rows, config.num_kv_heads, slots, config.head_width)
+        keys, values = (tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in range(blocks)) for _ in range(2))
+        return KeyValues(keys, values)
 
 
 class RMSNorm(nn.Module):
@@ -60,19 +80,26 @@ class Attention(nn.Module):
         rotation: Float[Tensor, "*B T P 2"],
         mask: Tensor | None,
         cache: tuple[Tensor, Tensor] | None,
-        slots: Int[Tensor, " T"] | None,
+        slots: Int[Tensor, "*place"] | None,
     ) -> Float[Tensor, "B T D"]:
         qkv = self.qkv(x).unflatten(-1, (self.heads + 2 * self.kv_heads, -1)).transpose(1, 2)
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], 1)
         q, k = rotate(qk, rotation).split([self.heads, self.kv_heads], 1)
         if cache is not None and slots is not None:
             keys, values = cache
-            keys.index_copy_(2, slots, k.to(keys.dtype))
-            values.index_copy_(2, slots, v.to(values.dtype))
+            _write(keys, slots, k)
+            _write(values, slots, v)
             k, v = keys.to(q.dtype), values.to(q.dtype)
         shared = self.kv_heads != self.heads
         y = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=shared)
         return dropout(self.out(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
+
+
+def _write(cache: Tensor, slots: Tensor, new: Tensor) -> None:
+    if slots.ndim == 1:
+        cache.index_copy_(2, slots, new.to(cache.dtype))
+    else:
+        cache.scatter_(2, slots, new.to(cache.dtype))
 
 
 class FeedForward(nn.Module):
@@ -105,7 +132,7 @@ class Block(nn.Module):
         rotation: Float[Tensor, "*B T P 2"],
         mask: Tensor | None = None,
         cache: tuple[Tensor, Tensor] | None = None,
-        slots: Int[Tensor, " T"] | None = None,
+        slots: Int[Tensor, "*place"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         x = x + self.attention(self.norm1(x), rotation, mask, cache, slots)
         return x + self.feed_forward(self.norm2(x))
@@ -200,7 +227,7 @@ class Transformer(nn.Module):
         rotation: Float[Tensor, "*#B T P 2"],
         bias: Float[Tensor, "#B 1 T S"] | None = None,
         cache: KeyValues | None = None,
-        slots: Int[Tensor, " T"] | None = None,
+        slots: Int[Tensor, "*#B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Returns what the blocks over positions make of the slots, before the final norm.
 
@@ -211,13 +238,16 @@ class Transformer(nn.Module):
                 not seen; None is causal, without a cache only.
             cache: keys and values of earlier slots, one entry for each image of `x`. The new ones are written at
                 `slots`, then the queries attend to all of it.
-            slots: where in the cache, the same for all images.
+            slots: where in the cache, [T], or [B, T] if images differ.
         """
         x = dropout(x, self.config.token_dropout, self.training)
         if rotation.ndim == 4:
             rotation = rotation[:, None]  # One for all heads.
         if bias is not None:
             bias = _as_attention_wants(bias, x)
+        if slots is not None and slots.ndim == 2:
+            # As scatter_ wants it, made once and not once a block.
+            slots = slots[:, None, :, None].expand(-1, self.config.num_kv_heads, -1, self.config.head_width)
         for number, block in enumerate(self.blocks):
             x = block(x, rotation, bias, None if cache is None else cache.layer(number), slots)
         return x
@@ -253,10 +283,10 @@ class Transformer(nn.Module):
                 which all branches of an image are then given. B is a multiple of the images.
         """
         groups, device = len(self.heads), hidden.device
-        shape = (len(self.group_blocks), hidden.shape[0], self.config.num_kv_heads, groups, self.config.head_width)
-        # In the type of what is written. Zeros, not rubbish: a weight of 0 does not hide a NaN.
-        empty = torch.zeros(shape, dtype=_compute_type(hidden), device=device)
-        cache = KeyValues(empty, empty.clone())
+        # In the type of what is written.
+        cache = KeyValues.empty(
+            len(self.group_blocks), hidden.shape[0], groups, self.config, device, _compute_type(hidden)
+        )
         order = torch.arange(groups, device=device)
         parts: list[Tensor] = []
         x = hidden[:, None]

@@ -106,7 +106,7 @@ def test_both_caches_give_the_logits_of_the_merge_mask_and_the_small_one_stays_s
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases())
-def test_compact_slots_hold_what_the_mask_says(case: dict[str, Any]) -> None:
+def test_slots_hold_what_the_mask_says(case: dict[str, Any]) -> None:
     mask: MaskConfig = case["mask"]
     model = model_of(case["grid"], mask, 0, "identity", True)
     index, recent = torch.tensor(case["index"]), mask.recent or 0
@@ -115,11 +115,14 @@ def test_compact_slots_hold_what_the_mask_says(case: dict[str, Any]) -> None:
     for t, cache, _ in through_cache(model, index, classes, MergeCache, case["chunk"], 1):
         state: MergeState = cache.state
         for image, row in enumerate(case["index"]):
-            held = {
-                int(number): int(count)
-                for number, count in zip(state.kept[image], state.counts[image], strict=True)
-                if number >= 0
-            }
+            slots = list(
+                zip(*(part[image].tolist() for part in (state.tokens, state.counts, state.older)), strict=True)
+            )
             old = [j for j in range(t - recent) if seen[image, t, j]]
-            assert held == {row[j]: int(counts[image, t, j]) for j in old}
-            assert int(state.used[image]) == len(old) and state.counts[image, 0] == 0
+            assert {number: count for number, count, older in slots if older} == {
+                row[j]: int(counts[image, t, j]) for j in old
+            }
+            now = [(number, count) for number, count, older in slots if count and not older]
+            assert sorted(now) == sorted((number, 1) for number in row[max(0, t - recent) : t])
+            used = int(state.used[image])
+            assert used == len(old) + len(now) and not any(count for _, count, _ in slots[used:])

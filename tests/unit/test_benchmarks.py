@@ -8,6 +8,7 @@ import torch
 from benchmarks import generator, lfq
 from benchmarks.measure import extra_memory, markdown
 from benchmarks.plain_tokenizer import PlainTokenizer
+from mergevq.generator.cache import num_slots
 from mergevq.generator.config import GeneratorConfig, MaskConfig
 from mergevq.tokenizer.config import TokenizerConfig
 from mergevq.tokenizer.model import MergeVQ
@@ -91,6 +92,6 @@ def test_the_driver_keeps_what_the_cache_would() -> None:
         walked.run(13)
         skipped.skip_to(14)
     assert walked.step == skipped.step == 14
-    for name in ("recent", "kept", "counts", "used"):
+    for name in ("recent", "tokens", "counts", "older", "used"):
         assert torch.equal(getattr(walked.cache.state, name), getattr(skipped.cache.state, name)), name
-    assert walked.cache.state.memory.shape == skipped.cache.state.memory.shape
+    assert num_slots(walked.cache.state) == num_slots(skipped.cache.state)

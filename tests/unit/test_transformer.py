@@ -28,8 +28,7 @@ def randomised(config: GeneratorConfig, seed: int = 0) -> Transformer:
 
 
 def empty_cache(config: GeneratorConfig, rows: int, capacity: int) -> KeyValues:
-    shape = (config.depth, rows, config.num_kv_heads, capacity, config.head_width)
-    return KeyValues(torch.zeros(shape), torch.zeros(shape))
+    return KeyValues.empty(config.depth, rows, capacity, config, torch.device("cpu"), torch.float32)
 
 
 # ----------------------------------------------------------------------------------------------------------------- size
@@ -111,7 +110,8 @@ def test_a_prefix_without_position_has_no_say_in_its_own_attention() -> None:
     x = torch.randn(1, 3, 16)
     cache = empty_cache(config, 1, 3)
     model(x, model.rotation[:3], torch.zeros(1, 1, 3, 3), cache, torch.arange(3))
-    assert not cache.keys[:, :, :, :2].any() and cache.keys[:, :, :, 2].any() and cache.values[:, :, :, :2].any()
+    for keys, values in zip(*cache, strict=True):
+        assert not keys[:, :, :2].any() and keys[:, :, 2].any() and values[:, :, :2].any()
 
 
 # ----------------------------------------------------------------------------------------------------------- bit groups
