@@ -10,7 +10,7 @@ demo: $(READY)  ## train a small tokenizer on the embedded images and write demo
 	$(BIN)/mergevq demo --out demo --force
 
 test: $(READY)  ## everything but gpu and slow; the second run traces torch.compile, which the shape-checking hook cannot
-	$(BIN)/python -m pytest --jaxtyping-packages=mergevq,beartype.beartype
+	$(BIN)/python -m pytest -n 2 --dist loadfile --jaxtyping-packages=mergevq,beartype.beartype
 	$(BIN)/python -m pytest -m "compile and not slow and not gpu"
 
 test-slow: $(READY)  ## the tests that take minutes

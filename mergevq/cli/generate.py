@@ -12,6 +12,7 @@ from mergevq.errors import ConfigError, OutputExistsError
 
 _RECORD = "generate.json"
 _PARTS = "parts"
+_TOKENS = "tokens.mvq"
 _SHEET_IMAGES = 100  # More would make a picture that nobody opens.
 
 
@@ -43,7 +44,7 @@ def generate(
     num_images: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: see there)")] = None,
     num_tokens: Annotated[int | None, tyro.conf.arg(metavar="K", help_behavior_hint="(default: the model's)")] = None,
     sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = SamplingFlags(),
-    cache: Literal["merge", "full"] = "merge",
+    cache: Annotated[Literal["merge", "full"] | None, tyro.conf.arg(help_behavior_hint="(default: merge)")] = None,
     steps: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: K)")] = None,
     seed: int = 0,
     batch_size: int = 16,
@@ -92,7 +93,7 @@ def generate(
     gen = load_generator(generator, device=device)
     tok = MergeVQ.from_pretrained(tokenizer, device=device)
     check_pair(gen.config, grid=None, num_bits=tok.config.num_bits, tokenizer=tok.fingerprint())
-    kept = _check_options(gen.config, num_tokens, steps, sampling)
+    kept = _check_options(gen.config, num_tokens, steps, cache, sampling)
     if gen.config.order == "random" and tok.recovery is None and kept < gen.config.num_patches:
         raise ConfigError(
             f"expected a tokenizer that predicts where {kept} tokens go, this one has no recovery model: train it with "
@@ -108,7 +109,7 @@ def generate(
         "guidance_schedule": sampling.guidance_schedule,
         "guidance_power": sampling.guidance_power,
         "guidance_interval": sampling.guidance_interval,
-        **({"cache": cache} if gen.config.order == "raster" else {"steps": steps}),
+        **({"cache": cache or "merge"} if gen.config.order == "raster" else {"steps": steps}),
     }
     record = {
         **{name: list(value) if isinstance(value, tuple) else value for name, value in options.items()},
@@ -120,11 +121,15 @@ def generate(
         "generator": gen.fingerprint(),
     }
     _check_folder(out, record, resume, force)
-    if not resume:
-        _remove_parts(out)  # Another run's would be taken for this one's when it is gone on with.
+    names = _names(wanted, gen.config)
+    if resume and _is_finished(out, names):
+        print(f"{out}: all {len(names)} images are there already")
+        return
+    if not resume:  # What another run left would be taken for this one's when it is gone on with.
+        _remove_parts(out)
+        (out / _TOKENS).unlink(missing_ok=True)
     write_json(out / _RECORD, record)
     seeds = image_seeds(torch.Generator().manual_seed(seed), len(wanted))
-    names = _names(wanted, gen.config)
     parts: list[MergedTokens] = []
     shown: list[Tensor] = []
     with progress("generate", len(wanted)) as advance, warning_once():
@@ -148,14 +153,14 @@ def generate(
             parts.append(tokens.to("cpu"))
             advance(len(tokens))
     tokens = MergedTokens.join(parts)
-    save_tokens(out / "tokens.mvq", tokens, force=True)
+    save_tokens(out / _TOKENS, tokens, force=True)
     columns = min(10, len(shown))
     rows = [shown[i : i + columns] for i in range(0, len(shown), columns)]
     with atomic_path(out / "sheet.png") as temporary:
         contact_sheet(rows, cell=max(64, min(256, tok.config.image_size))).save(temporary)
     _remove_parts(out)
     distinct = tokens.num_tokens.double()
-    print(f"{out}: {len(tokens)} images, {out / 'sheet.png'}, {out / 'tokens.mvq'}")
+    print(f"{out}: {len(tokens)} images, {out / 'sheet.png'}, {out / _TOKENS}")
     print(f"{distinct.mean():.1f} tokens an image of {tokens.num_patches} patches, at least {int(distinct.min())}")
 
 
@@ -182,7 +187,9 @@ def _names(classes: list[int], config: Any) -> list[str]:
     return [f"{i:0{digits}d}_{word}.png" for i, word in enumerate(words)]
 
 
-def _check_options(config: Any, num_tokens: int | None, steps: int | None, sampling: SamplingFlags) -> int:
+def _check_options(
+    config: Any, num_tokens: int | None, steps: int | None, cache: str | None, sampling: SamplingFlags
+) -> int:
     """Checks how tokens are to be drawn, before anything is written; returns K."""
     from mergevq.generator.parallel import group_sizes
     from mergevq.sampling import SamplingOptions
@@ -201,6 +208,8 @@ def _check_options(config: Any, num_tokens: int | None, steps: int | None, sampl
         raise ConfigError(f"expected num_tokens in 1..{config.num_patches}, got {kept}")
     if steps is not None and config.order == "raster":
         raise ConfigError("expected --steps for a generator in random order only, this one goes in raster order")
+    if cache is not None and config.order == "random":
+        raise ConfigError("expected --cache for a generator in raster order only: in random order nothing is dropped")
     if steps is not None:
         group_sizes(kept, steps)
     return kept
@@ -212,6 +221,11 @@ def _remove_parts(out: Path) -> None:
         path.unlink()
     if (out / _PARTS).is_dir() and not any((out / _PARTS).iterdir()):
         (out / _PARTS).rmdir()
+
+
+def _is_finished(out: Path, names: list[str]) -> bool:
+    """Whether a run came to its end: the tokens of single batches are removed after everything else."""
+    return (out / _TOKENS).is_file() and not (out / _PARTS).exists() and all((out / name).is_file() for name in names)
 
 
 def _check_folder(out: Path, record: dict[str, Any], resume: bool, force: bool) -> None:

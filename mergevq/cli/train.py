@@ -56,7 +56,7 @@ def train_tokenizer(words: Sequence[str]) -> Callable[..., None]:
     name, base = _base(words, TokenizerRun, presets.tokenizer, known)
     if (_value(words, "--loop.precision") or "").lower() in _FP16:
         raise ConfigError(
-            "expected --loop.precision float32 or bf16, got fp16: its one gradient scaler cannot serve two optimizers"
+            "expected --loop.precision float32 or bf16, got fp16: it needs a gradient scaler, which is missing here"
         )
 
     def train(

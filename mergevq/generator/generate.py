@@ -55,7 +55,7 @@ class GenerationStats:
     forwards: int
     """Passes through the blocks over positions, of all batches together."""
     cache_bytes: int = 0
-    """Most memory that keys and values of a whole batch had, bookkeeping included."""
+    """Keys and values of the batch that has most, at its end, bookkeeping included: a cache only grows."""
     cache_slots: int = 0
     """Most keys that a token attended to, masked ones included."""
 

@@ -181,7 +181,8 @@ class MergeAR(Generator):
             request = replace(request, classes=(config.num_classes,) * len(request))
             kind = "unconditional"
         plan = Plan(
-            options.per_group(len(config.groups)),
+            # Guidance comes as a tensor: compiled code would be compiled again for every scale.
+            tuple(group._replace(guidance=1.0) for group in options.per_group(len(config.groups))),
             2 if kind == "both" else 1,
             # With R = None nothing is dropped, and both caches are one.
             MergeCache if cache == "merge" and config.mask.recent is not None else FullCache,
@@ -312,7 +313,7 @@ def next_token(
         state: of a cache with room for token t - 1.
         advance: of that cache.
         batch: t is its step; receives the token.
-        groups: how each bit group is sampled.
+        groups: how each bit group is sampled, but for guidance.
     """
     previous = batch.index.index_select(1, batch.step - 1)[:, 0]
     draw_token(transformer, feed_token(transformer, state, advance, batch.step, previous), batch, groups)

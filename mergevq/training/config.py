@@ -246,7 +246,7 @@ def check_run(run: Any) -> None:
     if run.loop.precision not in ("float32", "bf16"):
         raise ConfigError(
             f"expected loop.precision float32 or bf16, got {run.loop.precision!r}: use bf16 "
-            "(fp16 needs one gradient scaler, which cannot serve two optimizers)"
+            "(fp16 needs a gradient scaler, which is missing here)"
         )
     check_types(run)
     values = flat_config(run)

@@ -30,7 +30,7 @@ def choose_dtype(precision: str, device: torch.device) -> tuple[torch.dtype, str
     if precision != "bf16":
         raise ConfigError(
             f"expected precision float32 or bf16, got {precision!r}: use bf16 "
-            "(fp16 needs one gradient scaler, which cannot serve two optimizers)"
+            "(fp16 needs a gradient scaler, which is missing here)"
         )
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):

@@ -107,6 +107,12 @@ def test_a_killed_run_goes_on_to_the_same_images(generators, tokenizer_file, tmp
     assert len(calls) == 4  # Two batches were there; the third was made again.
     assert contents(out) == contents(tmp_path / "whole")
     capsys.readouterr()
+    assert run(out, generators["raster"], tokenizer_file, *words, "--resume") == 0
+    assert "there already" in capsys.readouterr().out and len(calls) == 4
+    next(out.glob("*.png")).unlink()  # Not whole any more: everything is made again.
+    assert run(out, generators["raster"], tokenizer_file, *words, "--resume") == 0
+    assert contents(out) == contents(tmp_path / "whole") and len(calls) > 4
+    capsys.readouterr()
     assert run(out, generators["raster"], tokenizer_file, *words, "--resume", "--seed", "1") == 2
     assert "got other seed" in capsys.readouterr().err
     assert run(out, generators["raster"], tokenizer_file, *words) == 2
@@ -158,9 +164,11 @@ def test_options_reach_every_batch_and_a_warning_comes_once(
     assert [record.getMessage() for record in caplog.records] == ["strange"]
 
 
-def test_random_order_draws_where_recovery_puts_the_tokens(generators, tokenizer_file, tmp_path) -> None:
+def test_random_order_draws_where_recovery_puts_the_tokens(generators, tokenizer_file, tmp_path, capsys) -> None:
     out = tmp_path / "out"
     words = ["--num-tokens", "12", "--steps", "4", "--num-images", "2"]
+    assert run(out, generators["random"], tokenizer_file, *words, "--cache", "full") == 2
+    assert "--cache for a generator in raster order only" in capsys.readouterr().err
     assert run(out, generators["random"], tokenizer_file, *words) == 0
     tokens = load_tokens(out / "tokens.mvq")
     assert tokens.source is None

@@ -57,6 +57,11 @@ def test_help_lists_the_verbs_and_version_the_version(capsys: pytest.CaptureFixt
     assert "train tokenizer" in capsys.readouterr().out
 
 
+def test_the_package_runs_as_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "mergevq", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"mergevq {__version__}\n")
+
+
 def test_help_loads_no_torch() -> None:
     code = (
         "import sys, mergevq.cli.main as m\n"
