@@ -37,7 +37,8 @@ def draw_heat_map(
     heat = colours((values.to(image) - low) / (high - low))
     for axis, size in ((1, height // rows * scale), (2, width // columns * scale)):
         heat = heat.repeat_interleave(size, axis)
-    grey = image.mean(0).repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+    # Darker than it is, or a white background would outshine low values.
+    grey = (0.6 * image.mean(0) - 0.4).repeat_interleave(scale, 0).repeat_interleave(scale, 1)
     return heat + _GREY * (grey - heat)
 
 

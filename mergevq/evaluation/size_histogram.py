@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from jaxtyping import Int
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -23,42 +22,35 @@ def count_sizes(sizes: Int[Tensor, " K"], classes: Sequence[tuple[int, int]]) ->
     return [int(((sizes >= low) & (sizes <= high)).sum()) for low, high in classes]
 
 
-def draw_size_histogram(
-    sizes: Int[Tensor, " K"], largest: int | None = None, *, width: int = 256, height: int = 256
-) -> Image.Image:
+def draw_size_histogram(sizes: Int[Tensor, " K"], largest: int | None = None, *, side: int = 256) -> Image.Image:
     """Returns a bar for each class of token sizes, as long as its share of the tokens, with the number of tokens.
 
     Args:
         sizes: patches in each kept token (`SourceMap.sizes`); 0 where a predicted map gives a token none.
         largest: the classes go up to this size, so that pictures can be compared; the largest of `sizes` by default.
-        width: of the picture in pixels.
-        height: likewise.
+        side: of the picture in pixels.
     """
     sizes = sizes.cpu()
     classes = size_classes(max(1, int(sizes.max())) if largest is None else largest)
     if bool((sizes == 0).any()):
         classes = [(0, 0), *classes]
     counts = count_sizes(sizes, classes)
-    labels = [f"{low}" if low == high else f"{low}–{high}" for low, high in classes]
-    row = (height - _margin(height)) / len(classes)
-    font = ImageFont.load_default(size=max(9, min(height / 18, row * 0.72)))
-    head = ImageFont.load_default(size=max(9, height / 20))
-    picture = Image.new("RGB", (width, height), "white")
+    labels = [f"{low}" if low == high else f"{low}-{high}" for low, high in classes]
+    top = max(16, side // 10)
+    row = (side - top) / len(classes)
+    font = ImageFont.load_default(size=max(9, min(side / 18, row * 0.72)))
+    head = ImageFont.load_default(size=max(9, side / 20))
+    picture = Image.new("RGB", (side, side), "white")
     pen = ImageDraw.Draw(picture)
     left = max(pen.textlength(label, font) for label in labels) + 8
-    room = width - left - max(pen.textlength(f"{count}", font) for count in counts) - 8
-    pen.text((left, _margin(height) / 2), "patches in a token: tokens", FAINT, head, anchor="lm")
+    room = side - left - max(pen.textlength(f"{count}", font) for count in counts) - 8
+    pen.text((2, top / 2), "tokens by number of patches", FAINT, head, anchor="lm")
     for i, (label, count) in enumerate(zip(labels, counts, strict=True)):
-        middle, half = _margin(height) + (i + 0.5) * row, min(row * 0.36, height / 16)
+        middle, half = top + (i + 0.5) * row, min(row * 0.36, side / 16)
         pen.text((left - 6, middle), label, "black" if count else FAINT, font, anchor="rm")
         if count:
             end = left + max(1.0, room * count / max(counts))
             pen.rectangle((left, middle - half, end, middle + half), INK)
             pen.text((end + 5, middle), f"{count}", "black", font, anchor="lm")
-    pen.line((left - 1, _margin(height), left - 1, height), FAINT)
+    pen.line((left - 1, top, left - 1, side), FAINT)
     return picture
-
-
-def _margin(height: int) -> int:
-    """Room for the heading."""
-    return max(16, height // 10)
