@@ -95,7 +95,7 @@ def render_tokens(
         [_tokens_section(views, names)],
         [],
         table=_numbers(names, views),
-        summary=f"{len(views)} images, {_grid(views[0])}",
+        summary=f"{len(views)} {'image' if len(views) == 1 else 'images'}, {_grid(views[0])}",
         title=title,
         protocol=protocol,
         json_value={

@@ -14,6 +14,7 @@ from mergevq.evaluation.image_views import ImageView, TokenView
 from mergevq.evaluation.size_histogram import draw_size_histogram
 from mergevq.evaluation.token_map import contact_sheet, draw_token_map, to_pil
 
+_LETTERS = 24  # Of a name, which has to fit over a picture.
 _SPAN = 3.0  # Attention is shown from 1/8 to 8 times the mean: powers of two.
 
 
@@ -33,7 +34,7 @@ def image_sheet(view: ImageView, *, cell: int = 256) -> Image.Image:
             [attention_legend(cell), *(attention_picture(at, view.original, cell) for at in view.views)],
             [None, *(draw_size_histogram(at.sizes, largest, side=cell) for at in view.views)],
         ],
-        [view.name, *(view_title(at) for at in view.views)],
+        [_short(view.name), *(view_title(at) for at in view.views)],
         ["token map", "reconstruction", "class token's\nattention", "token sizes"],
         cell=cell,
     )
@@ -60,7 +61,7 @@ def tokens_sheet(views: Sequence[TokenView], names: Sequence[str], *, cell: int 
             [map_picture(at, at.drawn, cell) for at in views],
             [draw_size_histogram(at.sizes, largest, side=cell) for at in views],
         ],
-        [f"{name}\n{view_title(at)}" for name, at in zip(names, views, strict=True)],
+        [f"{_short(name)}\n{view_title(at)}" for name, at in zip(names, views, strict=True)],
         ["reconstruction", "token map", "token sizes"],
         cell=cell,
     )
@@ -85,7 +86,13 @@ def correspondence_sheet(
     """
     gap = 16
     titles = [correspondence_title(pairs) for pairs in found]
-    sheet = contact_sheet([list(images), *([None, None] for _ in found)], names, ["", *titles], cell=cell, gap=gap)
+    sheet = contact_sheet(
+        [list(images), *([None, None] for _ in found)],
+        [_short(name) for name in names],
+        ["", *titles],
+        cell=cell,
+        gap=gap,
+    )
     left, top = sheet.width - 2 * (cell + gap), sheet.height - len(found) * (cell + gap)
     for row, pairs in enumerate(found):
         picture = draw_correspondence(images, pairs, cell=cell, gap=gap, lines=lines)
@@ -150,3 +157,8 @@ def attention_legend(side: int) -> Image.Image:
 
 def _scale(image: Tensor, side: int) -> int:
     return max(1, -(-side // min(image.shape[-2:])))
+
+
+def _short(name: str) -> str:
+    """The name, its middle left out if it is long: kinds and numbers stand at the end."""
+    return name if len(name) <= _LETTERS else f"{name[: _LETTERS // 2 - 2]}...{name[-(_LETTERS // 2 - 1) :]}"

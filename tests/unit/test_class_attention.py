@@ -1,5 +1,7 @@
 """The class token's attention, against a softmax over copies of every token."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ def _recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[MergingBlock, Tenso
     seen = []
     real = MergingBlock.merge
 
-    def merge(self: MergingBlock, x: Tensor, sizes: Tensor | None, source: Tensor, num_merged: int) -> tuple:
+    def merge(self: MergingBlock, x: Tensor, sizes: Tensor | None, source: Tensor, num_merged: int) -> Any:
         seen.append((self, x, sizes, source))
         return real(self, x, sizes, source, num_merged)
 
@@ -98,6 +100,6 @@ def test_wrong_input_is_named(tiny_tokenizer: MergeVQ, images: Tensor) -> None:
     with pytest.raises(ShapeError, match="multiples of 4"):
         class_attention(tiny_tokenizer, images[..., :30])
     with torch.no_grad():
-        tiny_tokenizer.encoder.blocks[1].norm1.weight[0] = torch.nan
+        tiny_tokenizer.encoder.get_parameter("blocks.1.norm1.weight")[0] = torch.nan
     with pytest.raises(ShapeError, match="finite attention"):
         class_attention(tiny_tokenizer, images)

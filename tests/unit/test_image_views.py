@@ -170,6 +170,13 @@ def test_the_sheet_of_an_image_has_everything_in_its_place(tiny_tokenizer: Merge
     assert bool((_place(sheet, 4, 3, 1, 0, 64) == 255).all())
 
 
+def test_a_long_name_does_not_run_into_its_neighbours(tiny_tokenizer: MergeVQ, images: Tensor) -> None:
+    short, long = (image_sheet(view_image(tiny_tokenizer, images[0], (5,), name="n" * n)) for n in (2, 90))
+    assert short.size == long.size and short.tobytes() != long.tobytes()
+    last = (short.width - 264, 0, short.width, short.height)
+    assert short.crop(last).tobytes() == long.crop(last).tobytes(), "beside the original's title nothing changes"
+
+
 def test_the_sheet_of_tokens_has_a_column_for_each_image(tiny_tokenizer: MergeVQ, images: Tensor) -> None:
     views = view_tokens(tiny_tokenizer, tiny_tokenizer.encode(images, (20, 9, 64)))
     sheet = tokens_sheet(views, ["a", "b", "c"], cell=64)
