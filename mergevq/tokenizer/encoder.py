@@ -110,6 +110,14 @@ class Encoder(nn.Module):
             images: in [-1, 1]; the downsampling divides both sides.
             schedule: tokens merged in each block, from `merge_schedule`.
         """
+        x, sizes, source = self.attend(*self.embed(images), schedule)
+        class_token, tokens = x[:, 0], x[:, 1:]
+        if sizes is not None and self.order == "raster":
+            tokens, source = sort_by_raster(tokens, source)
+        return EncoderOutput(tokens, class_token, source)
+
+    def embed(self, images: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B T D"], Int[Tensor, "B L"]]:
+        """Returns what goes into the first attention block: the class token and L patches; and the map that says so."""
         features = self.stem(images)
         grid = features.shape[-2:]
         # The residual stream is float32 under autocast as well: merging averages it and the codes are its signs.
@@ -117,15 +125,24 @@ class Encoder(nn.Module):
         if self.position == "sincos":
             x = x + sinusoid_grid(grid[0], grid[1], x.shape[-1], x.device)
         source = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
-        x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], 1)
+        return torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], 1), source
+
+    def attend(
+        self, x: Float[Tensor, "B T D"], source: Int[Tensor, "B L"], schedule: tuple[int, ...]
+    ) -> tuple[Float[Tensor, "B T2 D"], Float[Tensor, "B T2"] | None, Int[Tensor, "B L"]]:
+        """Returns tokens, sizes and source after as many attention blocks as `schedule` has numbers, in the order that
+        merging leaves; `sizes` is None if nothing has been merged.
+
+        Args:
+            x: from `embed`.
+            source: likewise.
+            schedule: tokens merged in each block.
+        """
         sizes = None
-        for block, num_merged in zip(self.blocks, schedule, strict=True):
+        for block, num_merged in zip(self.blocks, schedule, strict=False):
             assert isinstance(block, MergingBlock)
             x, sizes, source = block.merge(x, sizes, source, num_merged)
-        class_token, tokens = x[:, 0], x[:, 1:]
-        if sizes is not None and self.order == "raster":
-            tokens, source = sort_by_raster(tokens, source)
-        return EncoderOutput(tokens, class_token, source)
+        return x, sizes, source
 
     def to_codes(self, tokens: Float[Tensor, "B K D"]) -> Float[Tensor, "B K N"]:
         """Returns the N numbers of each token whose signs are its code, in float32 also under autocast."""
