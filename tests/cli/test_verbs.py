@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from mergevq import __version__
 from mergevq.cli.main import VERBS, main
