@@ -77,15 +77,19 @@ class MergingBlock(TransformerBlock):
         sizes: Float[Tensor, "B T"] | None,
         source: Int[Tensor, "B L"],
         num_merged: int,
+        branch_scale: Float[Tensor, "2 B"] | None = None,
     ) -> tuple[Float[Tensor, "B T2 D"], Float[Tensor, "B T2"] | None, Int[Tensor, "B L"]]:
-        """Returns the tokens, sizes and source after this block; `sizes` is None as long as nothing has been merged."""
+        """Returns the tokens, sizes and source after this block; `sizes` is None as long as nothing has been merged.
+
+        `branch_scale` multiplies what attention and MLP add to each image's tokens.
+        """
         update, keys = self.attn(self.norm1(x), sizes)
-        x = x + self.ls1 * update
+        x = x + _scaled(self.ls1 * update, branch_scale, 0)
         if num_merged > 0:
             if sizes is None:
                 sizes = x.new_ones(x.shape[:2])
             x, sizes, source = match_and_merge(x, sizes, source, keys.detach(), num_merged)
-        return x + self.ls2 * self.mlp(self.norm2(x)), sizes, source
+        return x + _scaled(self.ls2 * self.mlp(self.norm2(x)), branch_scale, 1), sizes, source
 
 
 class Encoder(nn.Module):
@@ -103,12 +107,19 @@ class Encoder(nn.Module):
         self.code_out = nn.Linear(enc.width, config.num_bits)
         init_transformer(self.blocks)
 
-    def forward(self, images: Float[Tensor, "B 3 H W"], schedule: tuple[int, ...]) -> EncoderOutput:
+    def forward(
+        self,
+        images: Float[Tensor, "B 3 H W"],
+        schedule: tuple[int, ...],
+        branch_scale: Float[Tensor, "depth 2 B"] | None = None,
+    ) -> EncoderOutput:
         """Returns the kept tokens and where each patch went.
 
         Args:
             images: in [-1, 1]; the downsampling divides both sides.
             schedule: tokens merged in each block, from `merge_schedule`.
+            branch_scale: what each block multiplies its attention's and its MLP's update of each image by: 0 leaves the
+                branch out, which is how stochastic depth (arXiv 1603.09382) trains. None is 1 everywhere.
         """
         features = self.stem(images)
         grid = features.shape[-2:]
@@ -119,9 +130,10 @@ class Encoder(nn.Module):
         source = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
         x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], 1)
         sizes = None
-        for block, num_merged in zip(self.blocks, schedule, strict=True):
+        scales = [None] * len(self.blocks) if branch_scale is None else branch_scale.unbind(0)
+        for block, num_merged, scale in zip(self.blocks, schedule, scales, strict=True):
             assert isinstance(block, MergingBlock)
-            x, sizes, source = block.merge(x, sizes, source, num_merged)
+            x, sizes, source = block.merge(x, sizes, source, num_merged, scale)
         class_token, tokens = x[:, 0], x[:, 1:]
         if sizes is not None and self.order == "raster":
             tokens, source = sort_by_raster(tokens, source)
@@ -132,3 +144,7 @@ class Encoder(nn.Module):
         with torch.autocast(tokens.device.type, enabled=False):
             out: Tensor = self.code_out(silu(self.norm_out(tokens.float())))
         return out
+
+
+def _scaled(update: Tensor, branch_scale: Tensor | None, branch: int) -> Tensor:
+    return update if branch_scale is None else update * branch_scale[branch, :, None, None]
