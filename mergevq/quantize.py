@@ -188,6 +188,14 @@ class LFQ(nn.Module):
             z = _at_least_float32(z)
             return F.layer_norm(z, z.shape[-1:]) if self.norm == "layer" else z
 
+    def codes(self, z: Float[Tensor, "*n N"]) -> Float[Tensor, "*n N"]:
+        """The codes alone, without the losses: exactly -1 or +1, with the gradient of `normalize` (straight-through).
+
+        Args:
+            z: Tokens before the sign and before `normalize`.
+        """
+        return _straight_through(self.normalize(z))
+
     def forward(self, z: Float[Tensor, "B K N"], weights: Float[Tensor, "B K"] | None = None) -> Quantized:
         """Quantizes tokens.
 
@@ -200,12 +208,12 @@ class LFQ(nn.Module):
                 a token out.
         """
         z = self.normalize(z)
-        signs = sign_codes(z.detach())
+        codes = _straight_through(z)
+        signs = codes.detach()
         groups = self.groups if self.scope == "grouped" else (self.num_bits,)
         everywhere = self.training and self.scope != "local"
         return Quantized(
-            # Adding z - z = 0 keeps the codes exactly -1 and +1; z + (signs - z) would only come close.
-            codes=signs + (z - z.detach()),
+            codes=codes,
             index=codes_to_index(signs),
             sample_entropy=sample_entropy(z, self.temperature, weights),
             codebook_entropy=_group_entropies(z, self.temperature, weights, groups, self.eps, everywhere),
@@ -215,6 +223,11 @@ class LFQ(nn.Module):
     def extra_repr(self) -> str:
         """The options, for printing a model."""
         return f"num_bits={self.num_bits}, norm={self.norm}, temperature={self.temperature}, scope={self.scope}"
+
+
+def _straight_through(z: Tensor) -> Tensor:
+    # Adding z - z = 0 keeps the codes exactly -1 and +1; z + (signs - z) would only come close.
+    return sign_codes(z.detach()) + (z - z.detach())
 
 
 def _group_entropies(

@@ -1,7 +1,5 @@
 """MergeVQ, the tokenizer: images to merged tokens and back."""
 
-import copy
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mergevq import __version__
-from mergevq.configuration import config_from_dict, config_to_dict
 from mergevq.errors import CheckpointError, ShapeError, TokenFileError
-from mergevq.files import check_format, load_strict, load_tensors, refuse_existing, save_tensors
+from mergevq.files import load_strict, load_tensors
 from mergevq.merging import SourceMap, check_num_tokens, merge_schedule, unmerge
 from mergevq.model_files import find_model_file
 from mergevq.quantize import LFQ, Quantized, codes_to_index, index_to_codes, sign_codes
@@ -22,12 +18,12 @@ from mergevq.tokenizer.alignment import AlignmentHead
 from mergevq.tokenizer.config import TokenizerConfig
 from mergevq.tokenizer.decoder import Decoder
 from mergevq.tokenizer.encoder import Encoder, EncoderOutput
+from mergevq.tokenizer.features import FeatureKind, check_features, choose_features
 from mergevq.tokenizer.fingerprint import fingerprint
 from mergevq.tokenizer.inputs import check_images
+from mergevq.tokenizer.model_file import read_config, write_model
 from mergevq.tokenizer.recovery import SourceRecovery
 from mergevq.tokens import MergedTokens
-
-KIND = "tokenizer/1"
 
 
 class TokenizerOutput(NamedTuple):
@@ -170,19 +166,37 @@ class MergeVQ(nn.Module):
         """Returns `decode(encode(images, num_tokens))`."""
         return self.decode(self.encode(images, num_tokens))
 
-    def features(self, images: Float[Tensor, "B 3 H W"], num_tokens: int | None = None) -> Float[Tensor, "B D"]:
-        """Returns the class token as the attention stack leaves it, before the alignment head. Differentiable.
+    def features(
+        self,
+        images: Float[Tensor, "B 3 H W"],
+        num_tokens: int | None = None,
+        *,
+        kind: FeatureKind = "class",
+        quantized: bool = False,
+    ) -> Float[Tensor, "B F *grid"]:
+        """Returns features for probes, `[B, D]`, `[B, 2 D]` (class+mean) or `[B, D, rows, columns]` (patches), not
+        normalised. Differentiable.
 
         Args:
             images: float in [-1, 1].
             num_tokens: K; None merges nothing.
+            kind: class token, mean of the tokens by size, both, or one vector a patch; see `FeatureKind`.
+            quantized: take the codes, N numbers that are -1 or +1 (straight-through), instead of the semantic tokens
+                of width D.
+
+        Raises:
+            ShapeError: images or num_tokens are not as described.
+            ConfigError: there is no such kind, or `quantized` with the class token, which never is.
         """
+        check_features(kind, quantized)
         grid = check_images(images, self.config.downsampling)
         count = grid[0] * grid[1] if num_tokens is None else num_tokens
         check_num_tokens(count, images.shape[0], grid[0] * grid[1])
-        class_token = self._encode(self._to_model(images), count).class_token
-        _check_finite(class_token, "the class token")
-        return class_token
+        out = self._encode(self._to_model(images), count)
+        tokens = self.quantizer.codes(self.encoder.to_codes(out.tokens)) if quantized else out.tokens
+        features = choose_features(kind, out.class_token, tokens, out.source, grid)
+        _check_finite(features, "the features")
+        return features
 
     def align(self, images: Float[Tensor, "B 3 H W"], num_tokens: int | None = None) -> Float[Tensor, "B Dt"]:
         """Returns the alignment head's output, comparable with the teacher's. Differentiable.
@@ -272,27 +286,7 @@ class MergeVQ(nn.Module):
             OutputExistsError: there is a file already.
             ShapeError: a weight is not finite, or is not in `dtype`.
         """
-        path = Path(path)
-        if path.suffix != ".safetensors":
-            path = path / "model.safetensors"
-        refuse_existing(path, force)
-        model = self if dtype is None else copy.deepcopy(self).to(dtype)
-        tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-        finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()]).tolist()
-        broken = [name for name, good in zip(tensors, finite, strict=True) if not good]
-        if broken:
-            raise ShapeError(
-                f"expected finite weights, got NaN or infinity in {', '.join(broken[:3])}: nothing was saved"
-            )
-        header = {
-            "mergevq": KIND,
-            "version": __version__,
-            "config": json.dumps(config_to_dict(self.config)),
-            "step": str(step),
-            "fingerprint": model.float().fingerprint() if model is not self else self.fingerprint(),
-        }
-        save_tensors(path, tensors, header)
-        return path
+        return write_model(self, Path(path), step, force, dtype)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, device: torch.device | str = "cpu") -> "MergeVQ":
@@ -350,21 +344,6 @@ class MergeVQ(nn.Module):
 
     def _default_tokens(self, grid: tuple[int, int]) -> int:
         return min(self.config.num_tokens, grid[0] * grid[1])
-
-
-def read_config(header: dict[str, str], path: Path) -> TokenizerConfig:
-    """Returns the configuration in a model file's header.
-
-    Raises:
-        CheckpointError: it is missing or cannot be understood.
-    """
-    check_format(header, KIND, path)
-    try:
-        return config_from_dict(TokenizerConfig, json.loads(header["config"]))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: expected a tokenizer configuration in the header, got one that is not: {error}"
-        ) from error
 
 
 def _check_finite(x: Tensor, what: str) -> None:
