@@ -65,7 +65,7 @@ def _tiny() -> FinetuneRun:
             layer_decay=0.75,
         ),
         loop=LoopConfig(
-            steps=400, batch_size=32, val_every=100, val_images=200, save_every=100, log_every=20, precision="bf16"
+            steps=300, batch_size=32, val_every=100, val_images=100, save_every=100, log_every=20, precision="bf16"
         ),
     )
 

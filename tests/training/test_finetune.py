@@ -1,4 +1,4 @@
-"""The whole encoder is fine-tuned, at the rates of its layers, and a run that was interrupted ends with the same bits."""
+"""The whole encoder is fine-tuned at the rates of its layers; an interrupted run ends with the same bits."""
 
 import json
 import os
