@@ -21,7 +21,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "demo": ("mergevq.cli.demo:demo", "train small on the embedded images, round-trip held-out ones, write a report"),
     "encode": ("mergevq.cli.encode:encode", "images to a token file"),
     "decode": ("mergevq.cli.decode:decode", "a token file to images"),
-    "show": ("mergevq.cli.show:show", "which patches became one token, and what comes back, as a picture"),
+    "show": ("mergevq.cli.show:show", "an image as tokens, in pictures: token maps, attention, sizes; what two images share"),
     "cache-tokens": ("mergevq.cli.cache_tokens:cache_tokens", "a data set to tokens that generators train on"),
     "generate": ("mergevq.cli.generate:generate", "images from nothing but classes and a seed"),
     "train tokenizer": ("mergevq.cli.train:train_tokenizer", "train a tokenizer on a folder of images"),
