@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "MergeVQ": "mergevq.tokenizer.model",
     "TokenizerConfig": "mergevq.tokenizer.config",
+    "Classifier": "mergevq.tokenizer.classifier",
     "GeneratorConfig": "mergevq.generator.config",
     "MergeAR": "mergevq.generator.raster",
     "RandomAR": "mergevq.generator.random_order",
@@ -21,6 +22,7 @@ _PUBLIC = {
     "SourceMap": "mergevq.merging",
     "LFQ": "mergevq.quantize",
     "Quantized": "mergevq.quantize",
+    "load_teacher": "mergevq.layers.teachers",
     "read_images": "mergevq.data.images",
     "write_images": "mergevq.data.images",
     "TokenCache": "mergevq.data.token_cache",
@@ -28,6 +30,7 @@ _PUBLIC = {
     "train_tokenizer": "mergevq.training.tokenizer",
     "train_generator": "mergevq.training.generator",
     "train_recovery": "mergevq.training.recovery",
+    "finetune": "mergevq.training.finetune",
     "evaluate_reconstruction": "mergevq.evaluation.reconstruction",
     "evaluate_generation": "mergevq.evaluation.generation",
     "MergeVQError": "mergevq.errors",
@@ -51,14 +54,17 @@ if TYPE_CHECKING:
     from mergevq.generator.generate import load_generator as load_generator
     from mergevq.generator.random_order import RandomAR as RandomAR
     from mergevq.generator.raster import MergeAR as MergeAR
+    from mergevq.layers.teachers import load_teacher as load_teacher
     from mergevq.merging import SourceMap as SourceMap
     from mergevq.quantize import LFQ as LFQ
     from mergevq.quantize import Quantized as Quantized
+    from mergevq.tokenizer.classifier import Classifier as Classifier
     from mergevq.tokenizer.config import TokenizerConfig as TokenizerConfig
     from mergevq.tokenizer.model import MergeVQ as MergeVQ
     from mergevq.tokens import MergedTokens as MergedTokens
     from mergevq.tokens import load_tokens as load_tokens
     from mergevq.tokens import save_tokens as save_tokens
+    from mergevq.training.finetune import finetune as finetune
     from mergevq.training.generator import train_generator as train_generator
     from mergevq.training.recovery import train_recovery as train_recovery
     from mergevq.training.tokenizer import train_tokenizer as train_tokenizer

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import nn
@@ -11,8 +12,9 @@ from mergevq.data.folder import ImageFolder
 from mergevq.data.loader import Batch, training_batches
 from mergevq.data.sources import training_and_validation
 from mergevq.errors import ConfigError, DataError
-from mergevq.losses.alignment import build_teacher
+from mergevq.layers.teachers import load_teacher
 from mergevq.losses.perceptual import build_perceptual
+from mergevq.tokenizer.model import MergeVQ
 from mergevq.training.config import TokenizerRun
 
 
@@ -56,7 +58,7 @@ def open_inputs(
     if weights.alignment == 0 or labels:
         teacher = None
     elif teacher is None:
-        teacher = build_teacher(run.loss.teacher)
+        teacher = load_teacher(run.loss.teacher, weights=run.loss.teacher_weights or None)
 
     if weights.alignment > 0:
         if labels and not train.classes:
@@ -70,6 +72,27 @@ def open_inputs(
             what = "classes" if labels else "numbers from the teacher"
             raise ConfigError(f"expected {width} {what} (model.alignment.teacher_dim), got {came}: set it to {came}")
     return Inputs(train, val, perceptual, teacher)
+
+
+def open_tokenizer(name: str | Path | MergeVQ, out: Path, role: str) -> MergeVQ:
+    """Returns the tokenizer that another training begins with.
+
+    Args:
+        name: a file, a folder, a hub id, or the model itself.
+        out: folder that the run writes to.
+        role: which model that is, for the message: "whose recovery is trained".
+
+    Raises:
+        ConfigError: the name is empty, or the tokenizer lies in `out`, where it would be replaced.
+        CheckpointError: there is no such tokenizer.
+    """
+    if isinstance(name, MergeVQ):
+        return name
+    if not str(name):
+        raise ConfigError(f"expected data.tokenizer, the model {role}, got none")
+    if out.resolve() in (Path(name).resolve(), *Path(name).resolve().parents):
+        raise ConfigError(f"expected a tokenizer outside of {out}, where the new one is written to, got {name}")
+    return MergeVQ.from_pretrained(name)
 
 
 def stream(run: TokenizerRun, images: ImageFolder, rank: int, world_size: int, start: int) -> Iterator[Batch]:

@@ -19,9 +19,9 @@ def _recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[MergingBlock, Tenso
     seen = []
     real = MergingBlock.merge
 
-    def merge(self: MergingBlock, x: Tensor, sizes: Tensor | None, source: Tensor, num_merged: int) -> Any:
+    def merge(self: MergingBlock, x: Tensor, sizes: Tensor | None, source: Tensor, *others: Any) -> Any:
         seen.append((self, x, sizes, source))
-        return real(self, x, sizes, source, num_merged)
+        return real(self, x, sizes, source, *others)
 
     monkeypatch.setattr(MergingBlock, "merge", merge)
     return seen
