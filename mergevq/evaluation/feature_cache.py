@@ -242,4 +242,4 @@ class FeatureCache:
 
 
 def _short(value: Any) -> str:
-    return value[:12] if isinstance(value, str) else json.dumps(value)
+    return "none" if value is None else value[:12] if isinstance(value, str) else json.dumps(value)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,7 @@ class FeatureSetting:
         if self.quantized:
             kind = kind.replace("tokens", "codes")
         start = "random weights, " if self.source == "random" else ""
-        return f"{start}{kind}, K = {self.num_tokens}{'' if self.merged else ' (unmerged)'}"
+        return f"{start}{kind}, K = {self.num_tokens}"
 
 
 def feature_settings(
@@ -88,6 +88,7 @@ def feature_settings(
     return found
 
 
+@runtime_checkable
 class FeatureSource(Protocol):
     """Gives named arrays of a batch of images, one row an image."""
 

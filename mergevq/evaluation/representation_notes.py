@@ -32,6 +32,8 @@ def representation_notes(report: RepresentationReport) -> tuple[str, ...]:
             f"few-shot: nearest class mean, mean of {len(few[0].draws)} draws of the labelled images; ± is the 95 % "
             "interval of that mean, by the draw alone."
         )
+    if not all(row.setting.merged for row in rows if row.setting.kind is not None):
+        notes.append(f"K = {protocol['num_patches']}, the number of patches, merges nothing.")
     sources = {row.setting.source for row in rows}
     if "random" in sources:
         notes.append("random weights: the same configuration before any training.")

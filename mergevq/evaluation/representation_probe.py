@@ -98,7 +98,7 @@ def read_row(found: dict[str, Any]) -> tuple[RepresentationRow, RowPictures]:
         projection=torch.tensor(found["projection"], dtype=torch.float32).view(-1, 2),
         explained=tuple(found["explained"]),
         labels=torch.tensor(found["labels"], dtype=torch.int64),
-        confusion=torch.tensor(found["confusion"], dtype=torch.int64).view(len(found["confusion"]), -1),
+        confusion=torch.tensor(found["confusion"], dtype=torch.int64).view(2 * [len(found["confusion"])]),
     )
     return RepresentationRow.from_json(found["row"]), pictures
 

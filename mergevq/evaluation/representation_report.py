@@ -1,6 +1,7 @@
 """The page and the pictures of probes: accuracies, features in two dimensions, mistakes, classes."""
 
 import io
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -55,7 +56,7 @@ def render_representation(
         curves=None if curves is None else data_uri(curves, "svg+xml"),
         projections=data_uri(projection_picture(report), "png") if drawn else None,
         best=best.name,
-        probe=probe,
+        probe=f"{probe[0].upper()}{probe[1:]}" if probe != "k-NN" else probe,
         confusion=data_uri(confusion_picture(report), "png") if drawn and score is not None else None,
         confused=[(report.classes[true], report.classes[answer], count) for true, answer, count in confused],
         by_class=None if score is None else data_uri(class_plot(report), "svg+xml"),
@@ -159,8 +160,8 @@ def projection_picture(report: RepresentationReport) -> bytes:
             axis.set_visible(False)
         for axis, (row, picture) in zip(places, rows, strict=False):
             x, y = picture.projection.numpy().T
-            axis.scatter(x, y, s=5, c=shades[picture.labels.numpy()], linewidths=0, alpha=0.8)
-            axis.set_title(row.name, fontsize=7)
+            axis.scatter(x, y, s=5 if len(x) > 500 else 12, c=shades[picture.labels.numpy()], linewidths=0, alpha=0.8)
+            axis.set_title(textwrap.fill(row.name, 40), fontsize=7)
             axis.set_xticks([])
             axis.set_yticks([])
             axis.set_xlabel(
@@ -230,7 +231,7 @@ def class_plot(report: RepresentationReport) -> bytes:
         if pixels is not None:
             shares = [100 * (pixels.per_class[i] or 0.0) for i in order]
             axis.plot(shares, range(len(order)), "|", color=OTHER, markersize=9, markeredgewidth=2, label="pixels")
-            axis.legend(fontsize=7, frameon=False)
+            axis.legend(fontsize=7, frameon=False, loc="lower right")
         axis.set_yticks(range(len(order)), [report.classes[i] for i in order], fontsize=7)
         axis.invert_yaxis()
         axis.set_xlim(0, 100)
