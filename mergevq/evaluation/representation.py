@@ -17,7 +17,7 @@ from mergevq.evaluation.feature_cache import FeatureCache
 from mergevq.evaluation.generation_pass import evaluation_mode, warning_once
 from mergevq.evaluation.processes import Processes, shared_processes
 from mergevq.evaluation.protocol import hardware, versions
-from mergevq.evaluation.representation_data import probe_images
+from mergevq.evaluation.representation_data import check_enough, probe_images
 from mergevq.evaluation.representation_notes import representation_notes
 from mergevq.evaluation.representation_plan import (
     BASELINES,
@@ -102,9 +102,9 @@ def evaluate_representation(
 
     Raises:
         ConfigError: an option is out of range, or there is no such kind or teacher.
-        ShapeError: a K or the size is impossible for this tokenizer; features are not finite; or there are fewer
-            training images than k or shots.
-        DataError: images or classes are missing, or differ between training and test.
+        ShapeError: a K or the size is impossible for this tokenizer, or features are not finite.
+        DataError: images or classes are missing, or differ between training and test; or there are fewer training
+            images than k or shots.
         OutputExistsError: `cache` holds other features.
         MissingDependencyError, CheckpointError: the teacher cannot be had.
     """
@@ -117,6 +117,7 @@ def evaluate_representation(
     first, second = probe_images(
         train, test, test_fraction=test_fraction, train_limit=train_limit, test_limit=test_limit
     )
+    check_enough(first.labels, first.classes, probes)
     side = tok.config.image_size if size is None else size
     counts = choose_counts(tok, num_tokens, side)
     patches = (side // tok.config.downsampling) ** 2

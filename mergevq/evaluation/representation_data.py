@@ -8,6 +8,7 @@ import torch
 from mergevq.data.folder import ImageFolder
 from mergevq.data.sources import evaluation_images, training_and_validation, training_images
 from mergevq.errors import ConfigError, DataError
+from mergevq.metrics.probe_config import ProbeConfig
 
 _NAMED = 3  # Classes in a message.
 
@@ -80,6 +81,29 @@ def check_labels(labels: Sequence[int], classes: Sequence[str], what: str) -> No
     if empty:
         raise DataError(
             f"expected {what} images of every class, got none of {_some(empty)}: add some, or raise the limit on images"
+        )
+
+
+def check_enough(labels: Sequence[int], classes: Sequence[str], config: ProbeConfig) -> None:
+    """Checks that there are enough training images for what probes ask, before any feature is computed.
+
+    Args:
+        labels: of the training images.
+        classes: their names.
+        config: the probes.
+
+    Raises:
+        DataError: there are fewer images than k, or fewer of a class than shots.
+    """
+    k, shots = max(config.ks, default=1), max(config.shots, default=1)
+    if "knn" in config.probes and k > len(labels):
+        raise DataError(f"expected at least k = {k} training images, got {len(labels)}: ask for a smaller k")
+    counts = torch.bincount(torch.tensor(labels), minlength=len(classes))
+    least, smallest = int(counts.min()), int(counts.argmin())
+    if "few-shot" in config.probes and shots > least:
+        raise DataError(
+            f"expected at least {shots} training images of every class for {shots} shots, got {least} of "
+            f"{classes[smallest]}: ask for fewer shots"
         )
 
 

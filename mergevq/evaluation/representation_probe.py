@@ -54,7 +54,7 @@ def probe_row(
     """Returns row and pictures of these features, as JSON values; see `read_row`.
 
     Raises:
-        ShapeError: a feature is not finite, or there are fewer training images than k or shots ask for.
+        ShapeError: a feature is not finite, or there are fewer readable training images than k or shots ask for.
         DataError: a class has no readable image.
         CheckpointError: a stored feature is missing.
     """

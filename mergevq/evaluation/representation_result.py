@@ -175,15 +175,16 @@ class RepresentationReport:
         }
 
     def table(self) -> Table:
-        """Returns a line for each kind of features, for a terminal."""
+        """Returns a line for each kind of features, for a terminal: accuracies and k, not the other settings."""
         # Text, because a folder's name may look like markup.
         title, caption = Text(self.summary()), Text("\n".join(self.notes))
         table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
         heads, lines = self.cells()
-        for i, head in enumerate(heads):
-            table.add_column(head, justify="right" if i else "left")
+        shown = [i for i, head in enumerate(heads) if head not in ("width", "rate", "decay")]
+        for i in shown:
+            table.add_column(heads[i], justify="right" if i else "left")
         for line in lines:
-            table.add_row(*line)
+            table.add_row(*(line[i] for i in shown))
         return table
 
     def cells(self) -> tuple[list[str], list[list[str]]]:

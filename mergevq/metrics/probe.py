@@ -163,7 +163,8 @@ def hold_out(labels: Int[Tensor, " n"], fraction: float, seed: int) -> tuple[Int
     held[order] = place < wanted[labels[order]]
     if not held.any():
         raise ShapeError(
-            "expected a class with at least 2 training images, got 1 of each: none can be held out to choose on"
+            "expected a class with at least 2 training images, got 1 of each, so none can be held out to choose on: "
+            "ask for one k, one learning rate and one weight decay"
         )
     return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
 
