@@ -21,6 +21,7 @@ _PUBLIC = {
     "SourceMap": "mergevq.merging",
     "LFQ": "mergevq.quantize",
     "Quantized": "mergevq.quantize",
+    "load_teacher": "mergevq.layers.teachers",
     "read_images": "mergevq.data.images",
     "write_images": "mergevq.data.images",
     "TokenCache": "mergevq.data.token_cache",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from mergevq.generator.generate import load_generator as load_generator
     from mergevq.generator.random_order import RandomAR as RandomAR
     from mergevq.generator.raster import MergeAR as MergeAR
+    from mergevq.layers.teachers import load_teacher as load_teacher
     from mergevq.merging import SourceMap as SourceMap
     from mergevq.quantize import LFQ as LFQ
     from mergevq.quantize import Quantized as Quantized

@@ -14,9 +14,10 @@ from mergevq.errors import CheckpointError, ConfigError
 from mergevq.evaluation.protocol import data_name, hardware, now, versions
 from mergevq.evaluation.result import Example, ReconstructionReport, Reference
 from mergevq.evaluation.tally import Quality, Tally
+from mergevq.layers.pretrained import weights_checksum
 from mergevq.losses.perceptual import build_perceptual
 from mergevq.metrics.distribution import FeatureSet, FeatureStore, frechet_distance, kernel_distance
-from mergevq.metrics.features import FeatureNetwork, feature_network, weights_checksum
+from mergevq.metrics.features import FeatureNetwork, feature_network
 from mergevq.metrics.image import WINDOW, psnr, ssim, to_uint8
 from mergevq.tokenizer.model import MergeVQ
 

@@ -1,5 +1,6 @@
 """Frozen networks with outside weights: perceptual features, teachers and metric features are made of them."""
 
+import hashlib
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from importlib import import_module
@@ -135,6 +136,16 @@ def resize(images: Float[Tensor, "B 3 H W"], size: int) -> Float[Tensor, "B 3 si
     # Bicubic interpolation in bf16 is coarser than the images.
     resized = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True, align_corners=False)
     return resized.clamp(-1, 1).to(images.dtype)
+
+
+def weights_checksum(network: nn.Module) -> str:
+    """SHA-256 of all parameters and buffers with their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        data = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {data.dtype} {tuple(data.shape)}\n".encode())
+        digest.update(data.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _trained_network(variant: int) -> Any:

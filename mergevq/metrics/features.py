@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from mergevq.errors import CheckpointError, ConfigError, MissingDependencyError
-from mergevq.layers.pretrained import EfficientNetLite, Frozen, lite_classifier, resize
+from mergevq.layers.pretrained import EfficientNetLite, Frozen, lite_classifier, resize, weights_checksum
 
 # The Inception of the FID paper, converted from its TensorFlow weights by torch-fidelity, and the SHA-256 of the file:
 # torch-fidelity unpickles it, so it has to be that very one.
@@ -141,13 +141,3 @@ def _inception_weights() -> Path:
             f"{path}: expected SHA-256 {INCEPTION_SHA256}, got {found}: delete the file and try again"
         )
     return path
-
-
-def weights_checksum(network: nn.Module) -> str:
-    """SHA-256 of all parameters and buffers with their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        data = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {data.dtype} {tuple(data.shape)}\n".encode())
-        digest.update(data.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

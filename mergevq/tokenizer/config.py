@@ -120,9 +120,9 @@ class AlignmentConfig:
     """Width of the teacher's output, or the number of classes when labels are the target."""
     blocks: int = 0
     """Attention blocks between the encoder and the head."""
-    view_tokens: Literal["fraction", "same_count"] = "fraction"
-    """Kept tokens of a smaller view: the same fraction as of the full image, or the same number of merges (the
-    release).
+    view_tokens: Literal["fraction", "all", "same_count"] = "fraction"
+    """Kept tokens of the view that is aligned: the same fraction as of the full image, all (it is never merged), or
+    what the same number of merges leaves (the release).
     """
 
 
@@ -174,9 +174,9 @@ class TokenizerConfig:
             "merging.overflow must be carry with recovery: with clip, K is not known beforehand",
         )
         _require(
-            clips or self.alignment.view_tokens == "fraction",
-            "alignment.view_tokens must be fraction with merging.overflow carry: a smaller view may have fewer patches "
-            "than are merged",
+            clips or self.alignment.view_tokens != "same_count",
+            "alignment.view_tokens must be fraction or all with merging.overflow carry: a smaller view may have fewer "
+            "patches than are merged",
         )
         _require(enc.stem_stride in (1, 2), f"encoder.stem_stride must be 1 or 2, got {enc.stem_stride}")
         _require(dec.output_stride in (1, 2), f"decoder.output_stride must be 1 or 2, got {dec.output_stride}")

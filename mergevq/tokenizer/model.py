@@ -251,10 +251,11 @@ class MergeVQ(nn.Module):
             )
         grid = self._grid(view)
         patches, full = grid[0] * grid[1], self.config.num_patches
-        if self.config.alignment.view_tokens == "fraction":
-            kept = max(1, round(num_tokens * patches / full))
-        else:
-            kept = patches - (full - num_tokens)
+        kept = {
+            "fraction": max(1, round(num_tokens * patches / full)),
+            "all": patches,
+            "same_count": patches - (full - num_tokens),
+        }[self.config.alignment.view_tokens]
         out = self._encode(view, kept)
         prediction: Tensor = self.alignment(torch.cat([out.class_token[:, None], out.tokens], 1))
         return prediction

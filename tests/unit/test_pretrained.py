@@ -1,4 +1,4 @@
-"""Frozen networks: perceptual losses and teachers, with a tiny random network or with weights from packages."""
+"""Frozen networks: perceptual losses, with a tiny random network or with weights from packages."""
 
 import io
 import urllib.error
@@ -6,12 +6,10 @@ from contextlib import redirect_stdout
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from mergevq.errors import CheckpointError, ConfigError, MissingDependencyError
 from mergevq.layers.pretrained import EfficientNetLite, Frozen, resize
-from mergevq.losses.alignment import Teacher, build_teacher
 from mergevq.losses.perceptual import Lpips, PerceptualLoss, build_perceptual
 
 
@@ -48,8 +46,6 @@ def offline(monkeypatch):
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
-    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", refuse)
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args: None)
 
 
 # ------------------------------------------------------------------------------------------------------------ frozen
@@ -168,74 +164,7 @@ def test_unknown_perceptual():
         build_perceptual("vgg")
 
 
-# ---------------------------------------------------------------------------------------------------------- teachers
-
-
-def test_teacher_resizes_and_normalises_itself():
-    class Mean(nn.Module):
-        def forward(self, images):
-            assert images.shape[-2:] == (12, 12)
-            return images.mean((2, 3))
-
-    teacher = Teacher(Mean(), 3, size=12).train()
-    images = torch.tensor([-1.0, 0.0, 1.0])[None, :, None, None].expand(2, 3, 30, 30).clone().requires_grad_()
-    out = teacher(images)
-    expected = torch.tensor([(0 - 0.485) / 0.229, (0.5 - 0.456) / 0.224, (1 - 0.406) / 0.225])
-    torch.testing.assert_close(out, expected.expand(2, 3))
-    assert not out.requires_grad and not teacher.network.training and not teacher.state_dict()
-
-
-def test_lite0_teacher(lite0):
-    teacher = build_teacher("lite0")
-    images = random(2, 3, 96, 96)
-    torch.testing.assert_close(teacher(images), lite0.pooled(resize(images, 224)).detach(), rtol=1e-3, atol=1e-4)
-    assert teacher.width == 1280
-
-
-def test_timm_teacher_reads_the_hubs_safetensors(monkeypatch, tmp_path):
-    import timm
-
-    name = "vit_small_patch14_dinov2.lvd142m"
-    torch.manual_seed(0)
-    original = timm.create_model(name, pretrained=False, num_classes=0, depth=2, img_size=224).eval()
-    save_file(original.state_dict(), tmp_path / "model.safetensors")
-    asked = []
-
-    def cached(repo, file):
-        asked.append((repo, file))
-        return str(tmp_path / "model.safetensors")
-
-    create = timm.create_model
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", cached)
-    monkeypatch.setattr("timm.create_model", lambda *args, **options: create(*args, **options, depth=2))
-    teacher = build_teacher(name)
-    assert asked == [(f"timm/{name}", "model.safetensors")]
-    images = random(1, 3, 64, 64)
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    prepared = ((resize(images, 224) + 1) / 2 - mean[:, None, None]) / std[:, None, None]
-    with torch.no_grad():
-        torch.testing.assert_close(teacher(images), original(prepared), rtol=1e-4, atol=1e-5)
-    assert teacher.width == 384
-
-
-@pytest.mark.usefixtures("offline")
-def test_timm_teacher_offline_is_one_line():
-    with pytest.raises(CheckpointError, match=r"not on this machine and cannot be downloaded.*lite0") as caught:
-        build_teacher("vit_base_patch14_dinov2.lvd142m")
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["vit_base_patch14_dinov2.lvd142", "vit_base_patch14_dinov3.lvd142m"])
-def test_misspelt_teacher_is_corrected(name):
-    with pytest.raises(ConfigError, match=r"got '.*': did you mean vit_base_patch14_\w+.lvd142m\?"):
-        build_teacher(name)
-
-
-@pytest.mark.parametrize(
-    "module, build",
-    [("timm", lambda: build_teacher("resnet18")), ("efficientnet_lite_pytorch", lambda: build_teacher("lite0"))],
-)
-def test_missing_packages_name_the_extra(monkeypatch, module, build):
-    monkeypatch.setitem(__import__("sys").modules, module, None)
+def test_missing_package_names_the_extra(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'mergevq\[train\]'"):
-        build()
+        EfficientNetLite(0)

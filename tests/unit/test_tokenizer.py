@@ -10,6 +10,7 @@ import torch
 from mergevq.configuration import config_from_dict, config_to_dict
 from mergevq.errors import CheckpointError, ConfigError, ShapeError, TokenFileError
 from mergevq.files import load_tensors, read_header, save_tensors
+from mergevq.losses.alignment import alignment_loss
 from mergevq.merging import SourceMap
 from mergevq.tokenizer.config import (
     EncoderConfig,
@@ -126,7 +127,7 @@ def test_features_are_the_class_token(tiny_tokenizer: MergeVQ, images: torch.Ten
 
 # 28 pixels are 49 of 64 patches: of 14 kept they keep 10.7; or they lose the same 50, which two layers do as 38 and 12,
 # at most half each time.
-@pytest.mark.parametrize(("view_tokens", "kept"), [("fraction", 11), ("same_count", 49 - 24 - 12)])
+@pytest.mark.parametrize(("view_tokens", "kept"), [("fraction", 11), ("all", 49), ("same_count", 49 - 24 - 12)])
 def test_a_smaller_view_keeps_its_share(tiny_config: TokenizerConfig, view_tokens: str, kept: int) -> None:
     merging = MergingConfig(overflow="clip" if view_tokens == "same_count" else "carry")
     alignment = replace(tiny_config.alignment, view_tokens=view_tokens)
@@ -136,6 +137,24 @@ def test_a_smaller_view_keeps_its_share(tiny_config: TokenizerConfig, view_token
     model.encoder.register_forward_hook(lambda _m, _i, out: seen.append(out.tokens.shape[1]))
     model.align(torch.zeros(1, 3, 28, 28), 14)
     assert seen == [kept]
+
+
+@pytest.mark.parametrize("num_tokens", [None, 20, 1])
+def test_alignment_teaches_the_encoder_merged_or_not(
+    tiny_tokenizer: MergeVQ, images: torch.Tensor, num_tokens: int | None
+) -> None:
+    target = torch.randn(3, 10, generator=torch.Generator().manual_seed(4))
+    view = images[..., :28, :28]
+    predicted = tiny_tokenizer.align(view, num_tokens)
+    kept = 49 if num_tokens is None else max(1, round(num_tokens * 49 / 64))
+    with torch.no_grad():
+        class_token = tiny_tokenizer.features(view, kept)
+        assert tiny_tokenizer.alignment is not None
+        torch.testing.assert_close(tiny_tokenizer.alignment(class_token[:, None]), predicted)
+    alignment_loss(predicted, target).backward()
+    reached = {name.split(".")[0] for name, p in tiny_tokenizer.named_parameters() if p.grad is not None}
+    assert reached == {"encoder", "alignment"}
+    assert tiny_tokenizer.encoder.stem.conv_in.weight.grad.abs().sum() > 0
 
 
 def test_quantization_sees_normalised_numbers(tiny_tokenizer: MergeVQ, images: torch.Tensor) -> None:
