@@ -28,6 +28,7 @@ def eval_representation(
     quantized: Literal["no", "yes", "both"] = "no",
     baselines: Annotated[str, tyro.conf.arg(metavar="NAME,...")] = "pixels,random",
     teacher: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None,
+    teacher_weights: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
     pixel_side: int = 16,
     probes: Annotated[str, tyro.conf.arg(metavar="NAME,...")] = ",".join(PROBES),
     k: Annotated[Integers, _default("1,10,20,100,200 as far as there are images")] = (),
@@ -67,7 +68,8 @@ def eval_representation(
         kinds: Of features: class token, mean of the tokens by size, or class+mean, both side by side.
         quantized: Take codes instead of semantic tokens for the mean; or both, in rows of their own.
         baselines: pixels, the images themselves; random, the same model before training; or none.
-        teacher: Another network in the same table: lite0, or a timm model.
+        teacher: Another network in the same table: lite0, lite1, or a timm model.
+        teacher_weights: The timm model's .safetensors file, where it cannot be downloaded.
         pixel_side: Pixels are averaged down to this side.
         probes: knn, linear, few-shot.
         k: Of k-NN. The best is chosen on held-out training images.
@@ -121,7 +123,6 @@ def eval_representation(
         "kinds": _words(kinds),
         "quantized": {"no": (False,), "yes": (True,), "both": (False, True)}[quantized],
         "baselines": () if baselines == "none" else _words(baselines),
-        "teacher": teacher,
         "pixel_side": pixel_side,
         "probes": config,
         "cache": out / "features" if features is None else features,
@@ -129,14 +130,17 @@ def eval_representation(
         "seed": seed,
         "force": force,
     }
+    if teacher is None and teacher_weights is not None:
+        raise ConfigError("expected --teacher with --teacher-weights, got the weights alone: name the timm model")
+    other = (teacher, teacher_weights)
     if devices == 1:
-        _evaluate(None, place, data, test, images, model, num_tokens, size, out, options)
+        _evaluate(None, place, data, test, images, model, other, num_tokens, size, out, options)
         return
     from mergevq.training.config import HardwareConfig
     from mergevq.training.processes import build_fabric
 
     hardware = HardwareConfig(accelerator="cuda" if place.startswith("cuda") else "cpu", devices=devices)
-    build_fabric(hardware).launch(_evaluate, place, data, test, images, model, num_tokens, size, out, options)
+    build_fabric(hardware).launch(_evaluate, place, data, test, images, model, other, num_tokens, size, out, options)
 
 
 def _evaluate(
@@ -146,6 +150,7 @@ def _evaluate(
     test: str | None,
     images: dict[str, Any],
     model: str,
+    teacher: tuple[str | None, Path | None],
     num_tokens: tuple[int, ...],
     size: int | None,
     out: Path,
@@ -158,6 +163,7 @@ def _evaluate(
     from mergevq.evaluation.representation_data import probe_images
     from mergevq.evaluation.representation_plan import choose_counts, choose_settings
     from mergevq.files import write_json
+    from mergevq.layers.teachers import load_teacher
     from mergevq.tokenizer.model import MergeVQ
 
     place = device if fabric is None else fabric.device
@@ -165,15 +171,16 @@ def _evaluate(
     share = 1 if fabric is None else fabric.world_size
     train_images, test_images = probe_images(data, test, **images)
     tok = MergeVQ.from_pretrained(model, device=place)
+    other = None if teacher[0] is None else load_teacher(teacher[0], weights=teacher[1])
     side = choose_size(tok.config, size, num_tokens)
     counts = choose_counts(tok, num_tokens, side)
     named = {name: options[name] for name in ("kinds", "quantized", "baselines")}
     patches = (side // tok.config.downsampling) ** 2
-    rows = len(choose_settings(counts, patches, **named, teacher=options["teacher"] is not None))
+    rows = len(choose_settings(counts, patches, **named, teacher=other is not None))
     total = len(train_images) + (1 + rows) * len(test_images)
     with progress("probe", total // share) if first else nullcontext() as advance:
         report = evaluate_representation(
-            tok, train_images, test_images, num_tokens=counts, size=side, on_images=advance, **options
+            tok, train_images, test_images, num_tokens=counts, teacher=other, size=side, on_images=advance, **options
         )
     if not first:
         return

@@ -7,10 +7,10 @@ from typing import Any, Literal, Protocol, cast, runtime_checkable
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from mergevq.errors import ConfigError, ShapeError
-from mergevq.metrics.features import weights_checksum
+from mergevq.layers.teachers import Teacher
 from mergevq.tokenizer.config import TokenizerConfig
 from mergevq.tokenizer.features import FeatureKind, check_features
 from mergevq.tokenizer.model import MergeVQ
@@ -157,16 +157,20 @@ class TeacherFeatures:
     """The output of another network.
 
     Args:
-        network: from images in [-1, 1] to features [B, Dt], in evaluation mode; resizes and normalises by itself.
-        name: what results call it.
+        teacher: resizes and normalises by itself.
     """
 
-    def __init__(self, network: nn.Module, name: str) -> None:
-        self.network, self.name = network, name
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher = teacher
 
     def facts(self) -> dict[str, Any]:
-        """Returns name and checksum of the weights."""
-        return {"name": self.name, "fingerprint": weights_checksum(self.network)}
+        """Returns name, checksum of the weights, and what is done to images first."""
+        teacher = self.teacher
+        return {
+            "name": teacher.name,
+            "fingerprint": teacher.checksum(),
+            "preprocessing": teacher.preprocessing(),
+        }
 
     @torch.no_grad()
     def __call__(self, images: Float[Tensor, "B 3 H W"]) -> dict[str, Tensor]:
@@ -175,7 +179,7 @@ class TeacherFeatures:
         Raises:
             ShapeError: it does not give one vector an image.
         """
-        out: Tensor = self.network(images)
+        out: Tensor = self.teacher(images)
         if out.ndim != 2 or len(out) != len(images):
             raise ShapeError(f"expected a teacher that gives one vector an image, [B, D], got {list(out.shape)}")
         return {"teacher": out}

@@ -32,7 +32,7 @@ from mergevq.evaluation.representation_plan import (
 )
 from mergevq.evaluation.representation_probe import choose_ks, choose_shots, probe_row, read_row
 from mergevq.evaluation.representation_result import RepresentationReport
-from mergevq.losses.alignment import build_teacher
+from mergevq.layers.teachers import load_teacher
 from mergevq.metrics.probe import TOP
 from mergevq.metrics.probe_config import ProbeConfig
 from mergevq.tokenizer.model import MergeVQ
@@ -83,7 +83,7 @@ def evaluate_representation(
         quantized: whether to take codes instead of semantic tokens: (False,), (True,) or both.
         baselines: "pixels", the images themselves; "random", the same configuration before training, every kind at the
             largest K.
-        teacher: another network in the same table: its name (see `build_teacher`), or a module from images in [-1, 1]
+        teacher: another network in the same table: its name (see `load_teacher`), or a module from images in [-1, 1]
             to features [B, D], which resizes and normalises by itself.
         pixel_side: pixels are averaged down to this side.
         probes: which probes, and how; None is the default.
@@ -122,15 +122,14 @@ def evaluate_representation(
     counts = choose_counts(tok, num_tokens, side)
     patches = (side // tok.config.downsampling) ** 2
     settings = choose_settings(counts, patches, kinds, quantized, baselines, teacher is not None)
-    network = build_teacher(teacher) if isinstance(teacher, str) else teacher
-    named = None if network is None else (teacher if isinstance(teacher, str) else type(network).__name__, network)
+    other = None if teacher is None else load_teacher(teacher)
     place = torch.device(device) if device is not None else tok.encoder.class_token.device
-    sources = build_sources(tok, settings, named, pixel_side=pixel_side, seed=seed, device=place)
+    sources = build_sources(tok, settings, other, pixel_side=pixel_side, seed=seed, device=place)
     names = [row_name(setting, sources) for setting in settings]
     advance = on_images or (lambda _: None)
     with (
         shared_processes() as processes,
-        evaluation_mode(tok, network),
+        evaluation_mode(tok, other),
         warning_once(),
         _folder(cache, processes) as folder,
     ):

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from mergevq.data.folder import ImageFolder
 from mergevq.errors import ConfigError, ShapeError
@@ -18,6 +17,7 @@ from mergevq.evaluation.feature_sources import (
     random_tokenizer,
 )
 from mergevq.evaluation.protocol import data_name
+from mergevq.layers.teachers import Teacher
 from mergevq.merging import check_num_tokens, merge_schedule
 from mergevq.metrics.probe_config import ProbeConfig
 from mergevq.tokenizer.model import MergeVQ
@@ -96,7 +96,7 @@ def choose_settings(
 def build_sources(
     tok: MergeVQ,
     settings: Sequence[FeatureSetting],
-    teacher: tuple[str, nn.Module] | None,
+    teacher: Teacher | None,
     *,
     pixel_side: int,
     seed: int,
@@ -107,7 +107,7 @@ def build_sources(
     Args:
         tok: the tokenizer.
         settings: of the rows.
-        teacher: its name and network.
+        teacher: where a row asks for one.
         pixel_side: pixels are averaged down to this side.
         seed: of random weights.
         device: where to compute.
@@ -123,7 +123,7 @@ def build_sources(
             sources[name] = PixelFeatures(pixel_side)
         else:
             assert teacher is not None
-            sources[name] = TeacherFeatures(teacher[1].to(device), teacher[0])
+            sources[name] = TeacherFeatures(teacher.to(device))
     return sources
 
 

@@ -209,13 +209,13 @@ class RepresentationReport:
         for name, key in (("always the most frequent class", "majority"), ("a class at random", "chance")):
             cells = [_percent(self.reference[f"{key}_{which}"]) if which else "" for _, _, which in columns]
             lines.append([name, *cells])
-        return ["features", *(head for head, _, _ in columns)], lines
+        return ["", *(head for head, _, _ in columns)], lines
 
     def summary(self) -> str:
         """Returns what was measured, in one line."""
         train, test = self.protocol["train"], self.protocol["test"]
         return (
-            f"Probes of features, accuracy in %: {test['images']:,} test and {train['images']:,} training images of "
+            f"Probes of features, top-1 in %: {test['images']:,} test and {train['images']:,} training images of "
             f"{len(self.classes)} classes, {train['data']}"
         )
 
@@ -250,9 +250,9 @@ def _accuracies(title: str, scores: Sequence[ProbeScore]) -> list[tuple[str, lis
     """Columns of a probe, each with the part of the reference that belongs below it."""
     halves = [(score.top1_interval[1] - score.top1_interval[0]) / 2 for score in scores]
     first = [f"{_percent(score.top1)} ± {_percent(half)}" for score, half in zip(scores, halves, strict=True)]
-    found = [(f"{title} top-1", first, "top1")]
+    found = [(title, first, "top1")]
     if scores[0].top5 is not None:
-        found.append((f"{title} top-5", [_percent(score.top5 or 0.0) for score in scores], "top5"))
+        found.append(("top-5", [_percent(score.top5 or 0.0) for score in scores], "top5"))
     return found
 
 

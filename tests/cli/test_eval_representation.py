@@ -90,6 +90,7 @@ BAD = {
     "baseline": (f"{VERB} --baselines noise", "got 'noise'"),
     "probe": (f"{VERB} --probes knm", "did you mean knn?"),
     "teacher": (f"{VERB} --teacher lite00", "lite00"),
+    "weights of nobody": (f"{VERB} --teacher-weights tok.safetensors", "the weights alone"),
     "rate": (f"{VERB} --lr 0", "learning rates above 0"),
     "no devices": (f"{VERB} --devices 0", "--devices to be at least 1"),
     "held out": (f"{VERB} --held-out 1", "between 0 and 1"),

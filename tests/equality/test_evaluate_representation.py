@@ -15,7 +15,7 @@ from mergevq.errors import CheckpointError, ConfigError, DataError, OutputExists
 from mergevq.evaluation.representation import evaluate_representation
 from mergevq.evaluation.representation_data import probe_images
 from mergevq.evaluation.representation_result import RepresentationReport, RepresentationRow
-from mergevq.metrics.features import weights_checksum
+from mergevq.layers.pretrained import weights_checksum
 from mergevq.metrics.few_shot import few_shot
 from mergevq.metrics.knn import knn_classify
 from mergevq.metrics.linear_probe import fit_linear_probe
@@ -272,7 +272,6 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "k": ({"probes": ProbeConfig(ks=(1, 28))}, DataError, "at least k = 28 training images, got 27"),
     "shots": ({"probes": ProbeConfig(shots=(10,))}, DataError, "for 10 shots, got 9 of ant"),
     "fewer images than classes": ({"train_limit": 2}, DataError, r"training images as classes \(3\), got 2"),
-    "teacher with maps": ({"teacher": nn.Identity()}, ShapeError, r"one vector an image.* got \[3, 3, 32, 32\]"),
     "NaN": ({"teacher": Poisoned()}, ShapeError, r"training \(teacher Poisoned\) features, got NaN.* for 27 of 27"),
 }  # fmt: skip
 
@@ -282,6 +281,11 @@ def test_bad_input_is_told(case: str, photos: Path, tiny_tokenizer: MergeVQ) -> 
     options, kind, message = BAD[case]
     with pytest.raises(kind, match=message):
         run(tiny_tokenizer, photos, **{"probes": ProbeConfig(probes=("knn", "few-shot")), **options})
+
+
+def test_a_teacher_that_gives_maps_is_refused(unchecked: None, photos: Path, tiny_tokenizer: MergeVQ) -> None:
+    with pytest.raises(ShapeError, match=r"one vector an image, \[B, D\], got \[3, 3, 32, 32\]"):
+        run(tiny_tokenizer, photos, teacher=nn.Identity())
 
 
 def test_classes_have_to_match(photos: Path, tmp_path: Path) -> None:
