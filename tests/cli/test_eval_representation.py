@@ -1,6 +1,8 @@
 """`mergevq eval representation`, run in-process on a tiny model."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,3 +108,20 @@ def test_bad_input_gives_one_line(case: str, place: Path, capfd: pytest.CaptureF
     out, err = capfd.readouterr()
     assert err.startswith("mergevq: error: ") and err.count("\n") == 1 and hint in err, err
     assert out == "" and not (place / "new").exists()
+
+
+@pytest.mark.slow
+def test_two_devices_measure_what_one_does(place: Path) -> None:
+    """As the user starts them: the command starts the second process itself."""
+    found = []
+    for devices in (1, 2):
+        words = f"{VERB} --device cpu --kinds mean --num-tokens 20 --probes knn,few-shot --devices {devices}"
+        words = words.replace("new", f"new{devices}")
+        Path("run.py").write_text(f"import sys; from mergevq.cli.main import main; sys.exit(main({words.split()!r}))")
+        subprocess.run([sys.executable, "run.py"], check=True, capture_output=True, timeout=300)
+        value = json.loads((place / f"new{devices}" / "representation.json").read_text())
+        assert value["protocol"].pop("processes") == devices and value.pop("seconds")
+        found.append(value)
+    for value in found:  # Fabric gives each process a share of the threads.
+        value["protocol"]["hardware"].pop("threads")
+    assert found[0] == found[1]
