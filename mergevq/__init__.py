@@ -33,6 +33,7 @@ _PUBLIC = {
     "finetune": "mergevq.training.finetune",
     "evaluate_reconstruction": "mergevq.evaluation.reconstruction",
     "evaluate_generation": "mergevq.evaluation.generation",
+    "evaluate_representation": "mergevq.evaluation.representation",
     "MergeVQError": "mergevq.errors",
 }
 _SUBMODULES = ("presets", "convert", "errors")
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from mergevq.errors import MergeVQError as MergeVQError
     from mergevq.evaluation.generation import evaluate_generation as evaluate_generation
     from mergevq.evaluation.reconstruction import evaluate_reconstruction as evaluate_reconstruction
+    from mergevq.evaluation.representation import evaluate_representation as evaluate_representation
     from mergevq.generator.config import GeneratorConfig as GeneratorConfig
     from mergevq.generator.generate import load_generator as load_generator
     from mergevq.generator.random_order import RandomAR as RandomAR

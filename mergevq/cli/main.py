@@ -30,6 +30,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "finetune": ("mergevq.cli.finetune:finetune", "train a tokenizer's encoder to classify labelled images"),
     "eval reconstruction": ("mergevq.cli.eval:eval_reconstruction", "measure what encoding and decoding loses"),
     "eval generation": ("mergevq.cli.eval_generation:eval_generation", "measure generated images against real ones"),
+    "eval representation": ("mergevq.cli.eval_representation:eval_representation", "probe features for classes"),
     "convert": ("mergevq.cli.convert:convert", "a checkpoint of the authors' release to a model file"),
     "info": ("mergevq.cli.info:info", "what is in a model or token file"),
 }
