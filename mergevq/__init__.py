@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "MergeVQ": "mergevq.tokenizer.model",
     "TokenizerConfig": "mergevq.tokenizer.config",
+    "Classifier": "mergevq.tokenizer.classifier",
     "GeneratorConfig": "mergevq.generator.config",
     "MergeAR": "mergevq.generator.raster",
     "RandomAR": "mergevq.generator.random_order",
@@ -31,8 +32,10 @@ _PUBLIC = {
     "train_tokenizer": "mergevq.training.tokenizer",
     "train_generator": "mergevq.training.generator",
     "train_recovery": "mergevq.training.recovery",
+    "finetune": "mergevq.training.finetune",
     "evaluate_reconstruction": "mergevq.evaluation.reconstruction",
     "evaluate_generation": "mergevq.evaluation.generation",
+    "evaluate_representation": "mergevq.evaluation.representation",
     "MergeVQError": "mergevq.errors",
 }
 _SUBMODULES = ("presets", "convert", "errors")
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
     from mergevq.errors import MergeVQError as MergeVQError
     from mergevq.evaluation.generation import evaluate_generation as evaluate_generation
     from mergevq.evaluation.reconstruction import evaluate_reconstruction as evaluate_reconstruction
+    from mergevq.evaluation.representation import evaluate_representation as evaluate_representation
     from mergevq.generator.config import GeneratorConfig as GeneratorConfig
     from mergevq.generator.generate import load_generator as load_generator
     from mergevq.generator.random_order import RandomAR as RandomAR
@@ -60,11 +64,13 @@ if TYPE_CHECKING:
     from mergevq.merging import SourceMap as SourceMap
     from mergevq.quantize import LFQ as LFQ
     from mergevq.quantize import Quantized as Quantized
+    from mergevq.tokenizer.classifier import Classifier as Classifier
     from mergevq.tokenizer.config import TokenizerConfig as TokenizerConfig
     from mergevq.tokenizer.model import MergeVQ as MergeVQ
     from mergevq.tokens import MergedTokens as MergedTokens
     from mergevq.tokens import load_tokens as load_tokens
     from mergevq.tokens import save_tokens as save_tokens
+    from mergevq.training.finetune import finetune as finetune
     from mergevq.training.generator import train_generator as train_generator
     from mergevq.training.recovery import train_recovery as train_recovery
     from mergevq.training.tokenizer import train_tokenizer as train_tokenizer

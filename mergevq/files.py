@@ -151,14 +151,23 @@ def read_json(path: str | Path) -> Any:
         raise CheckpointError(f"{path}: expected JSON, the file is damaged ({error}): restore or delete it") from error
 
 
-def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load_tensors(path: str | Path, names: Sequence[str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns the tensors, on the CPU, and the header of a safetensors file.
 
+    Args:
+        path: the file.
+        names: read these tensors only; None reads all.
+
     Raises:
-        CheckpointError: the file is missing, truncated, or not a safetensors file.
+        CheckpointError: the file is missing, truncated, or not a safetensors file; or it has no tensor of a name.
     """
     with _opened(Path(path)) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+        known = file.keys()
+        missing = [name for name in names or () if name not in known]
+        if missing:
+            raise CheckpointError(f"{path}: expected the tensor {missing[0]}, it is missing: restore the file")
+        wanted = known if names is None else names
+        return {name: file.get_tensor(name) for name in wanted}, dict(file.metadata() or {})
 
 
 def read_header(path: str | Path) -> dict[str, str]:

@@ -1,7 +1,9 @@
 """Complete training runs by name: `{g,gr,r}_{resolution}[_{width}]` for tokenizers, `{s,b,l,xl}_{resolution}[_random]`
-for generators, and for both `tiny` and `emoji_64`; `emoji_64` and `256` for recovery.
+for generators, and for both `tiny` and `emoji_64`; `emoji_64` and `256` for recovery; `tiny` and `imagenet_256` for
+fine-tuning.
 
-What is in them is in mergevq/training/tokenizer_presets.py, generator_presets.py and recovery_presets.py.
+What is in them is in mergevq/training/tokenizer_presets.py, generator_presets.py, recovery_presets.py and
+finetune_presets.py.
 """
 
 import difflib
@@ -10,6 +12,8 @@ from typing import TypeVar
 
 from mergevq.errors import ConfigError
 from mergevq.training.config import TokenizerRun
+from mergevq.training.finetune_config import FinetuneRun
+from mergevq.training.finetune_presets import FINETUNINGS
 from mergevq.training.generator_config import GeneratorRun
 from mergevq.training.generator_presets import GENERATORS
 from mergevq.training.recovery_config import RecoveryRun
@@ -49,6 +53,15 @@ def recovery(name: str) -> RecoveryRun:
     return _look_up(RECOVERIES, name, "recovery")
 
 
+def finetune(name: str) -> FinetuneRun:
+    """Returns the complete run of a preset that fine-tunes a tokenizer's encoder to classify images.
+
+    Raises:
+        ConfigError: there is no such preset; the message lists the nearest names.
+    """
+    return _look_up(FINETUNINGS, name, "fine-tuning")
+
+
 def tokenizer_names() -> tuple[str, ...]:
     """Returns the names that `tokenizer` knows."""
     return tuple(TOKENIZERS)
@@ -62,6 +75,11 @@ def generator_names() -> tuple[str, ...]:
 def recovery_names() -> tuple[str, ...]:
     """Returns the names that `recovery` knows."""
     return tuple(RECOVERIES)
+
+
+def finetune_names() -> tuple[str, ...]:
+    """Returns the names that `finetune` knows."""
+    return tuple(FINETUNINGS)
 
 
 def tiny() -> TokenizerRun:

@@ -29,11 +29,13 @@ def info(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE
         lines = _describe_model(path)
     elif kind.startswith("generator/"):
         lines = _describe_generator(path)
+    elif kind.startswith("classifier/"):
+        lines = _describe_classifier(path)
     elif kind.startswith("tokens/"):
         lines = _describe_tokens(path)
     else:
         raise CheckpointError(
-            f"{path}: expected a tokenizer, a generator or a token file, "
+            f"{path}: expected a tokenizer, a generator, a classifier or a token file, "
             f"got {kind or 'a safetensors file of another origin'}: "
             "checkpoints of the release need `mergevq convert`"
         )
@@ -92,6 +94,26 @@ def _describe_generator(path: Path) -> dict[str, str]:
         "classes": f"{config.num_classes or 'none'}{names}{', ...' if len(config.class_names) > 10 else ''}",
         "network": f"{config.depth} + {config.group_depth} blocks of width {config.width}, {config.heads} heads",
         "parameters": f"{sum(p.numel() for p in gen.parameters()):,}",
+    }
+
+
+def _describe_classifier(path: Path) -> dict[str, str]:
+    from mergevq.files import read_header
+    from mergevq.tokenizer.classifier import Classifier
+
+    classifier = Classifier.from_pretrained(path)
+    config, enc = classifier.config, classifier.config.tokenizer.encoder
+    names = ", ".join(config.class_names[:10])
+    merged = "" if config.num_tokens < config.num_patches else ", nothing merged"
+    return {
+        "fingerprint": f"{classifier.fingerprint()}, of the encoder",
+        "began as": f"tokenizer {config.began_as or 'unknown'}",
+        "trained": f"{json.loads(read_header(path).get('step', '0')):,} steps",
+        "images": f"{config.image_size} x {config.image_size} pixels",
+        "features": f"{config.features}, {config.num_tokens} of {config.num_patches} tokens{merged}",
+        "classes": f"{len(config.class_names)}: {names}{', ...' if len(config.class_names) > 10 else ''}",
+        "encoder": f"{enc.kind}, {enc.depth} attention blocks of width {enc.width}",
+        "parameters": f"{sum(p.numel() for p in classifier.parameters()):,}",
     }
 
 

@@ -21,19 +21,24 @@ VERBS: dict[str, tuple[str, str]] = {
     "demo": ("mergevq.cli.demo:demo", "train small on the embedded images, round-trip held-out ones, write a report"),
     "encode": ("mergevq.cli.encode:encode", "images to a token file"),
     "decode": ("mergevq.cli.decode:decode", "a token file to images"),
-    "show": ("mergevq.cli.show:show", "which patches became one token, and what comes back, as a picture"),
+    "show": ("mergevq.cli.show:show", "an image as tokens: maps, attention, sizes; what two images share"),
     "cache-tokens": ("mergevq.cli.cache_tokens:cache_tokens", "a data set to tokens that generators train on"),
     "cache-teacher": ("mergevq.cli.cache_teacher:cache_teacher", "a data set to a teacher's features, to align with"),
     "generate": ("mergevq.cli.generate:generate", "images from nothing but classes and a seed"),
     "train tokenizer": ("mergevq.cli.train:train_tokenizer", "train a tokenizer on a folder of images"),
     "train generator": ("mergevq.cli.train:train_generator", "train a generator on the tokens of a tokenizer"),
     "train recovery": ("mergevq.cli.train:train_recovery", "teach a tokenizer to predict its source maps"),
+    "finetune": ("mergevq.cli.finetune:finetune", "train a tokenizer's encoder to classify labelled images"),
     "eval reconstruction": ("mergevq.cli.eval:eval_reconstruction", "measure what encoding and decoding loses"),
     "eval generation": ("mergevq.cli.eval_generation:eval_generation", "measure generated images against real ones"),
+    "eval representation": ("mergevq.cli.eval_representation:eval_representation", "probe features for classes"),
     "convert": ("mergevq.cli.convert:convert", "a checkpoint of the authors' release to a model file"),
     "info": ("mergevq.cli.info:info", "what is in a model or token file"),
 }
 """Verb -> where its function is, and what it does. The function's signature is the verb's options."""
+
+_TRAINING = ("train", "finetune")
+"""First words of verbs whose options have the defaults of a preset."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,14 +75,13 @@ def _run(words: list[str]) -> None:
         verb = " ".join(words[:length])
         if verb in VERBS:
             module, function = VERBS[verb][0].split(":")
-            file = import_module(module)
-            rest, run = words[length:], getattr(file, function)
+            rest, run = words[length:], getattr(import_module(module), function)
             flags: tuple[Any, ...] = (tyro.conf.FlagCreatePairsOff,)
             lists = None
-            if words[0] == "train":
-                # The defaults of its options are those of a preset, which the words name. So an option may be on
-                # already, and each needs a word for off: the same words with every preset.
-                lists = file.number_lists()
+            if words[0] in _TRAINING:
+                # The preset is named by the words. So an option may be on already, and each needs a word for off: the
+                # same words with every preset.
+                lists = import_module("mergevq.cli.runs").number_lists()
                 run, flags = run(rest), ()
             tyro.cli(run, prog=f"mergevq {verb}", args=rest, config=flags, registry=lists)
             return

@@ -2,16 +2,15 @@
 their defaults.
 """
 
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated
 
 import tyro
 
 from mergevq import presets
-from mergevq.cli.options import read_numbers
+from mergevq.cli.runs import base_run, parts, preset_help, tell, value_of
 from mergevq.errors import ConfigError
 from mergevq.generator.config import GeneratorConfig, MaskConfig
 from mergevq.tokenizer.config import RecoveryConfig, TokenizerConfig
@@ -20,16 +19,12 @@ from mergevq.training.config import (
     HardwareConfig,
     LossConfig,
     OptimConfig,
-    Run,
     TokenizerLoopConfig,
     TokenizerOptimConfig,
     TokenizerRun,
 )
 from mergevq.training.generator_config import GeneratorLoopConfig, GeneratorLossConfig, GeneratorRun, TokenDataConfig
 from mergevq.training.recovery_config import RecoveryDataConfig, RecoveryLoopConfig, RecoveryRun
-
-M = TypeVar("M")
-R = TypeVar("R", bound=Run)
 
 _FP16 = ("fp16", "float16", "16", "16-mixed", "half")
 
@@ -53,21 +48,21 @@ def train_tokenizer(words: Sequence[str]) -> Callable[..., None]:
         CheckpointError: there is no run to resume.
     """
     known = presets.tokenizer_names()
-    name, base = _base(words, TokenizerRun, presets.tokenizer, known)
-    if (_value(words, "--loop.precision") or "").lower() in _FP16:
+    name, base = base_run(words, TokenizerRun, presets.tokenizer, known)
+    if (value_of(words, "--loop.precision") or "").lower() in _FP16:
         raise ConfigError(
             "expected --loop.precision float32 or bf16, got fp16: it needs a gradient scaler, which is missing here"
         )
 
     def train(
         out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="RUN")],
-        preset: Annotated[str | None, tyro.conf.arg(metavar="NAME", help=_names(known))] = name,
+        preset: Annotated[str | None, tyro.conf.arg(metavar="NAME", help=preset_help(known))] = name,
         resume: tyro.conf.FlagCreatePairsOff[bool] = False,
         init: Annotated[str | None, tyro.conf.arg(metavar="M")] = None,
         force: tyro.conf.FlagCreatePairsOff[bool] = False,
         dry_run: tyro.conf.FlagCreatePairsOff[bool] = False,
         hardware: Annotated[HardwareConfig, tyro.conf.arg(name="")] = HardwareConfig(),  # noqa: B008 - frozen
-        model: _Tokenizer = _parts(_Tokenizer, base.model),  # noqa: B008 - frozen
+        model: _Tokenizer = parts(_Tokenizer, base.model),  # noqa: B008 - frozen
         loss: LossConfig = base.loss,
         data: DataConfig = base.data,
         optim: TokenizerOptimConfig = base.optim,
@@ -87,7 +82,7 @@ def train_tokenizer(words: Sequence[str]) -> Callable[..., None]:
             force: Start anew in a folder that holds something; an earlier run's files are removed.
             dry_run: Print the resolved configuration, what differs from the preset and the parameter counts, and stop.
         """
-        run = TokenizerRun(_parts(TokenizerConfig, model), loss, data, optim, loop)
+        run = TokenizerRun(parts(TokenizerConfig, model), loss, data, optim, loop)
         if dry_run:
             from mergevq.training.dry_run import dry_run as describe
 
@@ -95,7 +90,7 @@ def train_tokenizer(words: Sequence[str]) -> Callable[..., None]:
             return
         from mergevq.training.tokenizer import train_tokenizer
 
-        _tell(train_tokenizer(run, out, resume=resume, init=init, force=force, hardware=hardware))
+        tell(train_tokenizer(run, out, resume=resume, init=init, force=force, hardware=hardware))
 
     return train
 
@@ -136,12 +131,12 @@ def train_generator(words: Sequence[str]) -> Callable[..., None]:
         CheckpointError: there is no run to resume.
     """
     known = presets.generator_names()
-    name, base = _base(words, GeneratorRun, presets.generator, known)
-    start = _parts(_Generator, base.model, mask=_parts(_Mask, base.model.mask))
+    name, base = base_run(words, GeneratorRun, presets.generator, known)
+    start = parts(_Generator, base.model, mask=parts(_Mask, base.model.mask))
 
     def train(
         out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="RUN")],
-        preset: Annotated[str | None, tyro.conf.arg(metavar="NAME", help=_names(known))] = name,
+        preset: Annotated[str | None, tyro.conf.arg(metavar="NAME", help=preset_help(known))] = name,
         resume: tyro.conf.FlagCreatePairsOff[bool] = False,
         init: Annotated[str | None, tyro.conf.arg(metavar="G")] = None,
         force: tyro.conf.FlagCreatePairsOff[bool] = False,
@@ -172,8 +167,8 @@ def train_generator(words: Sequence[str]) -> Callable[..., None]:
                 With tokens it is the configuration that they decide.
         """
         # Groups of one's own are for tokens of as many bits.
-        mask, bits = _parts(MaskConfig, model.mask), sum(model.groups)
-        run = GeneratorRun(_parts(GeneratorConfig, model, mask=mask, num_bits=bits), loss, data, optim, loop)
+        mask, bits = parts(MaskConfig, model.mask), sum(model.groups)
+        run = GeneratorRun(parts(GeneratorConfig, model, mask=mask, num_bits=bits), loss, data, optim, loop)
         if dry_run:
             from mergevq.training.dry_run import dry_run as describe
             from mergevq.training.token_inputs import open_tokens
@@ -182,7 +177,7 @@ def train_generator(words: Sequence[str]) -> Callable[..., None]:
             return
         from mergevq.training.generator import train_generator
 
-        _tell(train_generator(run, out, resume=resume, init=init, force=force, hardware=hardware))
+        tell(train_generator(run, out, resume=resume, init=init, force=force, hardware=hardware))
 
     return train
 
@@ -205,12 +200,12 @@ def train_recovery(words: Sequence[str]) -> Callable[..., None]:
         CheckpointError: there is no run to resume.
     """
     known = presets.recovery_names()
-    name, base = _base(words, RecoveryRun, presets.recovery, known)
-    shape = _parts(_Recovery, base.recovery)
+    name, base = base_run(words, RecoveryRun, presets.recovery, known)
+    shape = parts(_Recovery, base.recovery)
 
     def train(
         out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="RUN")],
-        preset: Annotated[str | None, tyro.conf.arg(metavar="NAME", help=_names(known))] = name,
+        preset: Annotated[str | None, tyro.conf.arg(metavar="NAME", help=preset_help(known))] = name,
         resume: tyro.conf.FlagCreatePairsOff[bool] = False,
         init: Annotated[str | None, tyro.conf.arg(metavar="M")] = None,
         force: tyro.conf.FlagCreatePairsOff[bool] = False,
@@ -242,7 +237,7 @@ def train_recovery(words: Sequence[str]) -> Callable[..., None]:
             fine_tune: Go on from the recovery that the tokenizer has, if it has one, whatever its shape; without, train
                 a new one instead.
         """
-        run = RecoveryRun(fine_tune, _parts(RecoveryConfig, recovery), data, optim, loop)
+        run = RecoveryRun(fine_tune, parts(RecoveryConfig, recovery), data, optim, loop)
         if dry_run:
             from mergevq.training.dry_run import dry_run as describe
             from mergevq.training.recovery_inputs import open_inputs, resolve
@@ -255,67 +250,6 @@ def train_recovery(words: Sequence[str]) -> Callable[..., None]:
             return
         from mergevq.training.recovery import train_recovery
 
-        _tell(train_recovery(run, out, resume=resume, init=init, force=force, hardware=hardware))
+        tell(train_recovery(run, out, resume=resume, init=init, force=force, hardware=hardware))
 
     return train
-
-
-# ------------------------------------------------------------------------------------------------------------------ all
-
-
-def number_lists() -> tyro.constructors.ConstructorRegistry:
-    """Returns what lets lists of K be written 144,64 as with the other verbs, or 144 64."""
-    registry = tyro.constructors.ConstructorRegistry()
-
-    @registry.primitive_rule
-    def numbers(
-        info: tyro.constructors.PrimitiveTypeInfo,
-    ) -> tyro.constructors.PrimitiveConstructorSpec[tuple[int, ...]] | None:
-        if get_origin(info.type) is not tuple or get_args(info.type) != (int, ...):
-            return None
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs="*",
-            metavar="INT,...",
-            instance_from_str=read_numbers,
-            is_instance=lambda value: isinstance(value, tuple) and all(isinstance(k, int) for k in value),
-            str_from_instance=lambda value: [",".join(map(str, value))],
-        )
-
-    return registry
-
-
-def _base(words: Sequence[str], kind: type[R], find: Callable[[str], R], known: Sequence[str]) -> tuple[str | None, R]:
-    """Returns the preset's name and the run that gives the defaults: the preset's, or the one that is resumed."""
-    name, folder = _value(words, "--preset"), _value(words, "--out", "-o")
-    asked_help = any(word in ("-h", "--help") for word in words)
-    if name is None and folder is not None and "--resume" in words and not asked_help:
-        from mergevq.training.run_folder import load_run
-
-        return name, load_run(Path(folder), kind)
-    if name is None and not asked_help:
-        raise ConfigError(f"expected --preset and one of {', '.join(known)}, got none")
-    return name, find(name or known[0])  # --help shows the first one's defaults.
-
-
-def _names(known: Sequence[str]) -> str:
-    return f"One of {', '.join(known)}. Not needed with --resume."
-
-
-def _tell(path: Path) -> None:
-    if os.environ.get("RANK", "0") == "0":  # Processes that torchrun started all end here.
-        print(path)
-
-
-def _parts(cls: type[M], config: Any, **others: Any) -> M:
-    """Returns a `cls` with the fields of `config`, which has the same ones but is checked more or less."""
-    return cls(**{f.name: getattr(config, f.name) for f in fields(cls)} | others)  # type: ignore[arg-type]
-
-
-def _value(words: Sequence[str], *names: str) -> str | None:
-    """Returns the value of an option, the last if it is repeated; None if it is not there."""
-    found = None
-    for word, after in zip(words, [*words[1:], None], strict=True):
-        name, equals, value = word.partition("=")
-        if name in names and (equals or after is not None):
-            found = value if equals else after
-    return found

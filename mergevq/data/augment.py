@@ -26,10 +26,16 @@ class Views:
 
     size: int
     """Of the image to reconstruct."""
-    crop: Literal["random", "center"] = "random"
-    """Where that image is cut after the short side was resized."""
+    crop: Literal["part", "random", "center"] = "random"
+    """Where that image is cut after the short side was resized; or a random part of it made square, like the student's
+    view.
+    """
     flip: bool = False
     """Mirror half of the images to reconstruct."""
+    rand_augment: int = 0
+    """Operations that RandAugment (arXiv 1909.13719, magnitude 9) does to that image; 0 leaves its colours and shapes
+    alone.
+    """
     student: int = 0
     """Of the encoder's view for alignment; 0 makes none."""
     teacher: int = 0
@@ -38,6 +44,8 @@ class Views:
     def __post_init__(self) -> None:
         if self.size < 1 or self.student < 0 or self.teacher < 0:
             raise ConfigError(f"expected sizes of at least 1 pixel, got {self}")
+        if self.rand_augment < 0:
+            raise ConfigError(f"expected rand_augment to be at least 0, got {self.rand_augment}")
 
 
 def alignment_views(
@@ -61,18 +69,22 @@ def sample_rng(seed: int, epoch: int, number: int) -> torch.Generator:
 def training_crops(image: Image.Image, views: Views, rng: torch.Generator) -> dict[str, Image.Image]:
     """Returns "image" and, if asked for, "view_student" and "view_teacher", each a square RGB image.
 
-    image: short side resized, then a square cut at random or from the middle, perhaps mirrored.
+    image: short side resized, then a square cut at random or from the middle, or a random part as in view_student;
+        perhaps mirrored, perhaps distorted by RandAugment.
     view_student: a random part (8 % to 100 % of the area, sides 3:4 to 4:3) made square, half of them mirrored.
     view_teacher: like image, cut at a place of its own, never mirrored.
 
     The draws for "image" come first, so alignment does not change it.
     """
-    resized = resize_short_side(image, views.size)
-    if views.crop == "random":
+    resized = image if views.crop == "part" else resize_short_side(image, views.size)
+    if views.crop == "part":
+        square = _random_part(image, views.size, rng)
+    elif views.crop == "random":
         square = _random_square(resized, views.size, rng)
     else:
         square = center_square(resized, views.size)
-    crops = {"image": _maybe_mirrored(square, rng) if views.flip else square}
+    square = _maybe_mirrored(square, rng) if views.flip else square
+    crops = {"image": _distorted(square, views.rand_augment, rng) if views.rand_augment else square}
     if views.student:
         crops["view_student"] = _maybe_mirrored(_random_part(image, views.student, rng), rng)
     if views.teacher:
@@ -109,6 +121,16 @@ def _part_size(width: int, height: int, rng: torch.Generator) -> tuple[int, int]
 
 def _maybe_mirrored(image: Image.Image, rng: torch.Generator) -> Image.Image:
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if _integer(1, rng) else image
+
+
+def _distorted(image: Image.Image, operations: int, rng: torch.Generator) -> Image.Image:
+    from torchvision.transforms import InterpolationMode, v2  # Slow to import.
+
+    # torchvision draws from the global generator only.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=rng)))
+        distorted: Image.Image = v2.RandAugment(operations, interpolation=InterpolationMode.BILINEAR)(image)
+    return distorted
 
 
 def _integer(largest: int, rng: torch.Generator) -> int:

@@ -74,6 +74,27 @@ class Processes:
             raise MergeVQError(f"process 0 of {self.world_size} failed: {head['error']}")
         return result if self.rank == 0 else head["result"]
 
+    def each(self, work: Callable[[], Any]) -> list[Any]:
+        """Runs `work` on every process and returns all results, JSON values, in the order of the processes, everywhere.
+
+        Raises:
+            MergeVQError: as raised by `work`; on the other processes it says which process failed, and why.
+        """
+        if self.world_size == 1:
+            return [work()]
+        result, failure = None, None
+        try:
+            result = work()
+        except MergeVQError as error:
+            failure = error
+        heads = self._exchange({"result": result, "error": None if failure is None else str(failure)})
+        if failure is not None:
+            raise failure
+        for rank, head in enumerate(heads):
+            if head["error"] is not None:
+                raise MergeVQError(f"process {rank} of {self.world_size} failed: {head['error']}")
+        return [head["result"] for head in heads]
+
     def _exchange(self, value: Any) -> list[Any]:
         """The JSON values of all processes."""
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)

@@ -75,7 +75,7 @@ def to_pil(image: Float[Tensor, "3 H W"], side: int | None = None) -> Image.Imag
 
 
 def contact_sheet(
-    rows: Sequence[Sequence[Float[Tensor, "3 _ _"]]],
+    rows: Sequence[Sequence[Float[Tensor, "3 _ _"] | Image.Image | None]],
     column_titles: Sequence[str] = (),
     row_titles: Sequence[str] = (),
     *,
@@ -85,7 +85,8 @@ def contact_sheet(
     """Returns one picture: the images of `rows` in a grid on white, titles over the columns and left of the rows.
 
     Args:
-        rows: images with values in [-1, 1] of any size; rows may be shorter than the longest.
+        rows: images with values in [-1, 1] of any size, or pictures of `cell` x `cell` pixels; None leaves a place
+            white. Rows may be shorter than the longest.
         column_titles: one a column; a newline starts a second line.
         row_titles: one a row.
         cell: side of every image in the sheet, in pixels.
@@ -108,7 +109,9 @@ def contact_sheet(
         if r < len(row_titles):
             pen.multiline_text((left - gap, y + cell // 2), row_titles[r], "black", font, anchor="rm", align="right")
         for c, image in enumerate(row):
-            sheet.paste(to_pil(image, cell), (left + c * (cell + gap), y))
+            if image is not None:
+                picture = image if isinstance(image, Image.Image) else to_pil(image, cell)
+                sheet.paste(picture, (left + c * (cell + gap), y))
     return sheet
 
 

@@ -4,14 +4,16 @@ import difflib
 import logging
 import math
 import operator
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 
-from mergevq.errors import CheckpointError, ConfigError, ShapeError
+from mergevq.errors import CheckpointError, ConfigError, MissingDependencyError, ShapeError
 from mergevq.files import read_header
 from mergevq.generator.config import GeneratorConfig
 from mergevq.model_files import find_model_file, shipped_names
@@ -204,6 +206,26 @@ def check_pair(config: GeneratorConfig, *, grid: tuple[int, int] | None, num_bit
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
+
+
+def compiled(step: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """Returns a sampling step compiled as one graph.
+
+    Args:
+        step: the function.
+        device: where it will run.
+
+    Raises:
+        MissingDependencyError: code for a CPU goes through a C++ compiler, and there is none.
+    """
+    if device.type == "cpu":
+        names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "cl"]
+        if not any(shutil.which(name) for name in names):
+            raise MissingDependencyError(
+                f"expected a C++ compiler ({', '.join(names)}) to compile the step for a CPU, found none: install one, "
+                "or leave compile off"
+            )
+    return torch.compile(step, fullgraph=True)
 
 
 def default_batch_size(config: GeneratorConfig, branches: int, device: torch.device, item_bytes: int = 4) -> int:

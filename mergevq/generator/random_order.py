@@ -10,7 +10,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mergevq.generator.config import GeneratorConfig
-from mergevq.generator.generate import GenerationStats, Request, default_batch_size, in_batches, resolve_request
+from mergevq.generator.generate import (
+    GenerationStats,
+    Request,
+    compiled,
+    default_batch_size,
+    in_batches,
+    resolve_request,
+)
 from mergevq.generator.model import Generator
 from mergevq.generator.parallel import Plan, decode_in_parallel, group_sizes, next_group
 from mergevq.generator.transformer import Instruction, Transformer
@@ -112,6 +119,7 @@ class RandomAR(Generator):
 
         Raises:
             ConfigError: an argument is out of range.
+            MissingDependencyError: nothing here can compile.
             ShapeError: the network's numbers are not finite.
         """
         tokens, _ = self.generate_with_stats(
@@ -173,7 +181,7 @@ class RandomAR(Generator):
             options,
             2 if kind == "both" else 1,
             steps,
-            torch.compile(next_group) if compile else next_group,
+            compiled(next_group, self.device) if compile else next_group,
             dtype or torch.float32,
         )
         if batch_size is None:

@@ -14,6 +14,7 @@ from mergevq.generator.cache import Advance, FullCache, MergeCache, State, num_b
 from mergevq.generator.generate import (
     GenerationStats,
     Request,
+    compiled,
     default_batch_size,
     in_batches,
     non_finite,
@@ -119,6 +120,7 @@ class MergeAR(Generator):
 
         Raises:
             ConfigError: an argument is out of range.
+            MissingDependencyError: nothing here can compile.
             ShapeError: the network's numbers are not finite.
         """
         tokens, _ = self.generate_with_stats(
@@ -187,7 +189,7 @@ class MergeAR(Generator):
             # With R = None nothing is dropped, and both caches are one.
             MergeCache if cache == "merge" and config.mask.recent is not None else FullCache,
             chunk,
-            torch.compile(next_token, fullgraph=True) if compile else next_token,
+            compiled(next_token, self.device) if compile else next_token,
             dtype or torch.float32,
         )
         if batch_size is None:

@@ -27,10 +27,28 @@ class SelfAttention(nn.Module):
                 free to run.
         """
         batch, length, width = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = self._split(x)
         bias = None if sizes is None else sizes.log().to(q.dtype)[:, None, None]
         out = scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(out.transpose(1, 2).reshape(batch, length, width)), k.float().mean(1)
+
+    def first_row(
+        self, x: Float[Tensor, "B T D"], sizes: Float[Tensor, "B T"] | None = None
+    ) -> Float[Tensor, "B heads T"]:
+        """Returns the weights by which `forward` lets the first token read each token; they sum to 1.
+
+        Args:
+            x: as in `forward`.
+            sizes: likewise.
+        """
+        q, k, _ = self._split(x)
+        logits = (q[:, :, :1] @ k.mT).squeeze(2).float() / q.shape[-1] ** 0.5
+        return (logits if sizes is None else logits + sizes.log()[:, None]).softmax(-1)
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each [B, heads, T, C]."""
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return q, k, v
 
 
 class CrossAttention(nn.Module):

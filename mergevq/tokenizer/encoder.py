@@ -77,15 +77,19 @@ class MergingBlock(TransformerBlock):
         sizes: Float[Tensor, "B T"] | None,
         source: Int[Tensor, "B L"],
         num_merged: int,
+        branch_scale: Float[Tensor, "2 B"] | None = None,
     ) -> tuple[Float[Tensor, "B T2 D"], Float[Tensor, "B T2"] | None, Int[Tensor, "B L"]]:
-        """Returns the tokens, sizes and source after this block; `sizes` is None as long as nothing has been merged."""
+        """Returns the tokens, sizes and source after this block; `sizes` is None as long as nothing has been merged.
+
+        `branch_scale` multiplies what attention and MLP add to each image's tokens.
+        """
         update, keys = self.attn(self.norm1(x), sizes)
-        x = x + self.ls1 * update
+        x = x + _scaled(self.ls1 * update, branch_scale, 0)
         if num_merged > 0:
             if sizes is None:
                 sizes = x.new_ones(x.shape[:2])
             x, sizes, source = match_and_merge(x, sizes, source, keys.detach(), num_merged)
-        return x + self.ls2 * self.mlp(self.norm2(x)), sizes, source
+        return x + _scaled(self.ls2 * self.mlp(self.norm2(x)), branch_scale, 1), sizes, source
 
 
 class Encoder(nn.Module):
@@ -103,13 +107,28 @@ class Encoder(nn.Module):
         self.code_out = nn.Linear(enc.width, config.num_bits)
         init_transformer(self.blocks)
 
-    def forward(self, images: Float[Tensor, "B 3 H W"], schedule: tuple[int, ...]) -> EncoderOutput:
+    def forward(
+        self,
+        images: Float[Tensor, "B 3 H W"],
+        schedule: tuple[int, ...],
+        branch_scale: Float[Tensor, "depth 2 B"] | None = None,
+    ) -> EncoderOutput:
         """Returns the kept tokens and where each patch went.
 
         Args:
             images: in [-1, 1]; the downsampling divides both sides.
             schedule: tokens merged in each block, from `merge_schedule`.
+            branch_scale: what each block multiplies its attention's and its MLP's update of each image by: 0 leaves the
+                branch out, which is how stochastic depth (arXiv 1603.09382) trains. None is 1 everywhere.
         """
+        x, sizes, source = self.attend(*self.embed(images), schedule, branch_scale)
+        class_token, tokens = x[:, 0], x[:, 1:]
+        if sizes is not None and self.order == "raster":
+            tokens, source = sort_by_raster(tokens, source)
+        return EncoderOutput(tokens, class_token, source)
+
+    def embed(self, images: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B T D"], Int[Tensor, "B L"]]:
+        """Returns what goes into the first attention block: the class token and L patches; and the map that says so."""
         features = self.stem(images)
         grid = features.shape[-2:]
         # The residual stream is float32 under autocast as well: merging averages it and the codes are its signs.
@@ -117,18 +136,37 @@ class Encoder(nn.Module):
         if self.position == "sincos":
             x = x + sinusoid_grid(grid[0], grid[1], x.shape[-1], x.device)
         source = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
-        x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], 1)
+        return torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], 1), source
+
+    def attend(
+        self,
+        x: Float[Tensor, "B T D"],
+        source: Int[Tensor, "B L"],
+        schedule: tuple[int, ...],
+        branch_scale: Float[Tensor, "depth 2 B"] | None = None,
+    ) -> tuple[Float[Tensor, "B T2 D"], Float[Tensor, "B T2"] | None, Int[Tensor, "B L"]]:
+        """Returns tokens, sizes and source after as many attention blocks as `schedule` has numbers, in the order that
+        merging leaves; `sizes` is None if nothing has been merged.
+
+        Args:
+            x: from `embed`.
+            source: likewise.
+            schedule: tokens merged in each block.
+            branch_scale: as in `forward`.
+        """
         sizes = None
-        for block, num_merged in zip(self.blocks, schedule, strict=True):
+        scales = [None] * len(schedule) if branch_scale is None else branch_scale.unbind(0)
+        for block, num_merged, scale in zip(self.blocks, schedule, scales, strict=False):
             assert isinstance(block, MergingBlock)
-            x, sizes, source = block.merge(x, sizes, source, num_merged)
-        class_token, tokens = x[:, 0], x[:, 1:]
-        if sizes is not None and self.order == "raster":
-            tokens, source = sort_by_raster(tokens, source)
-        return EncoderOutput(tokens, class_token, source)
+            x, sizes, source = block.merge(x, sizes, source, num_merged, scale)
+        return x, sizes, source
 
     def to_codes(self, tokens: Float[Tensor, "B K D"]) -> Float[Tensor, "B K N"]:
         """Returns the N numbers of each token whose signs are its code, in float32 also under autocast."""
         with torch.autocast(tokens.device.type, enabled=False):
             out: Tensor = self.code_out(silu(self.norm_out(tokens.float())))
         return out
+
+
+def _scaled(update: Tensor, branch_scale: Tensor | None, branch: int) -> Tensor:
+    return update if branch_scale is None else update * branch_scale[branch, :, None, None]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 
 from mergevq import __version__
 from mergevq.configuration import config_from_dict, config_to_dict
@@ -30,11 +31,7 @@ def write_model(tok: "MergeVQ", path: Path, step: int, force: bool, dtype: torch
         path = path / "model.safetensors"
     refuse_existing(path, force)
     model = tok if dtype is None else copy.deepcopy(tok).to(dtype)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()]).tolist()
-    broken = [name for name, good in zip(tensors, finite, strict=True) if not good]
-    if broken:
-        raise ShapeError(f"expected finite weights, got NaN or infinity in {', '.join(broken[:3])}: nothing was saved")
+    tensors = finite_weights(model)
     header = {
         "mergevq": KIND,
         "version": __version__,
@@ -44,6 +41,20 @@ def write_model(tok: "MergeVQ", path: Path, step: int, force: bool, dtype: torch
     }
     save_tensors(path, tensors, header)
     return path
+
+
+def finite_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the entries of a model's state_dict.
+
+    Raises:
+        ShapeError: one is not finite.
+    """
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()]).tolist()
+    broken = [name for name, good in zip(tensors, finite, strict=True) if not good]
+    if broken:
+        raise ShapeError(f"expected finite weights, got NaN or infinity in {', '.join(broken[:3])}: nothing was saved")
+    return tensors
 
 
 def read_config(header: dict[str, str], path: Path) -> TokenizerConfig:

@@ -129,7 +129,7 @@ def _part(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
 
 def _load_moments(optimizer: Any, module: nn.Module, moments: dict[str, Tensor], what: str) -> None:
     # Not optimizer.load_state_dict: that numbers the parameters instead of naming them, and forgets their memory order.
-    parameters = dict(module.named_parameters())
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     # A discriminator that has not started has none.
     known = {key_and_name.partition(".")[2] for key_and_name in moments}
     if known and known != set(parameters):

@@ -6,15 +6,18 @@ import torch
 from torch import nn
 
 from mergevq.losses.adversarial import PatchDiscriminator
+from mergevq.tokenizer.classifier import Classifier
 from mergevq.tokenizer.config import TokenizerConfig
 from mergevq.tokenizer.model import MergeVQ
 from mergevq.tokenizer.recovery import SourceRecovery
 from mergevq.training.config import TokenizerRun, flat_config
+from mergevq.training.finetune_config import FinetuneRun
+from mergevq.training.finetune_inputs import classifier_config
 from mergevq.training.generator_config import GeneratorRun
 from mergevq.training.generator_loss import build_generator
 from mergevq.training.recovery_config import RecoveryRun
 
-AnyRun = TokenizerRun | GeneratorRun | RecoveryRun
+AnyRun = TokenizerRun | GeneratorRun | RecoveryRun | FinetuneRun
 
 
 def dry_run(run: AnyRun, preset: AnyRun | None = None, tokenizer: TokenizerConfig | None = None) -> str:
@@ -23,7 +26,7 @@ def dry_run(run: AnyRun, preset: AnyRun | None = None, tokenizer: TokenizerConfi
     Args:
         run: the run.
         preset: what the run was derived from; None leaves the comparison out.
-        tokenizer: whose recovery it trains; None leaves out the parameters of a recovery, which depend on it.
+        tokenizer: whose recovery or encoder it trains; None leaves out the parameters of these, which depend on it.
     """
     resolved = flat_config(run)
     lines = [f"{name} = {value!r}" for name, value in resolved.items()]
@@ -35,7 +38,7 @@ def dry_run(run: AnyRun, preset: AnyRun | None = None, tokenizer: TokenizerConfi
             if resolved[name] != before[name]
         ]
         lines += ["", "different from the preset:", *(changed or ["nothing"])]
-    if isinstance(run, RecoveryRun) and tokenizer is None:
+    if isinstance(run, RecoveryRun | FinetuneRun) and tokenizer is None:
         return "\n".join([*lines, "", "parameters: depend on data.tokenizer"])
     lines += ["", "parameters:"]
     counts = count_parameters(run, tokenizer)
@@ -49,17 +52,24 @@ def count_parameters(run: AnyRun, tokenizer: TokenizerConfig | None = None) -> d
 
     Args:
         run: the run.
-        tokenizer: whose recovery is trained; only with a RecoveryRun.
+        tokenizer: whose recovery or encoder is trained; only with a RecoveryRun or a FinetuneRun.
     """
     with torch.device("meta"):
         if isinstance(run, TokenizerRun):
             parts = _tokenizer_parts(run)
         elif isinstance(run, GeneratorRun):
             parts = _generator_parts(run)
-        else:
+        elif isinstance(run, RecoveryRun):
             assert tokenizer is not None
             parts = _recovery_parts(SourceRecovery(replace(tokenizer, recovery=run.recovery)))
-    return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}
+        else:
+            assert tokenizer is not None
+            parts = _classifier_parts(Classifier(classifier_config(run, tokenizer)))
+    return {
+        name: sum(p.numel() for p in part.parameters() if p.requires_grad)
+        for name, part in parts.items()
+        if part is not None
+    }
 
 
 def _tokenizer_parts(run: TokenizerRun) -> dict[str, nn.Module | None]:
@@ -94,4 +104,13 @@ def _recovery_parts(recovery: SourceRecovery) -> dict[str, nn.Module | None]:
         "blocks over codes": recovery.cross_blocks,
         "blocks over patches": recovery.self_blocks,
         "recovery": recovery,
+    }
+
+
+def _classifier_parts(classifier: Classifier) -> dict[str, nn.Module | None]:
+    return {
+        "stem": classifier.encoder.stem,
+        "attention blocks": classifier.encoder.blocks,
+        "norm and head": nn.ModuleList([classifier.norm, classifier.head]),
+        "classifier": classifier,
     }

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import nn
@@ -14,6 +15,7 @@ from mergevq.data.teacher_cache import TeacherCache
 from mergevq.errors import ConfigError, DataError
 from mergevq.layers.teachers import load_teacher
 from mergevq.losses.perceptual import build_perceptual
+from mergevq.tokenizer.model import MergeVQ
 from mergevq.training.config import TokenizerRun
 
 
@@ -83,6 +85,27 @@ def open_inputs(
             what = "classes" if labels else "numbers from the teacher"
             raise ConfigError(f"expected {width} {what} (model.alignment.teacher_dim), got {came}: set it to {came}")
     return Inputs(train, val, perceptual, teacher, cache)
+
+
+def open_tokenizer(name: str | Path | MergeVQ, out: Path, role: str) -> MergeVQ:
+    """Returns the tokenizer that another training begins with.
+
+    Args:
+        name: a file, a folder, a hub id, or the model itself.
+        out: folder that the run writes to.
+        role: which model that is, for the message: "whose recovery is trained".
+
+    Raises:
+        ConfigError: the name is empty, or the tokenizer lies in `out`, where it would be replaced.
+        CheckpointError: there is no such tokenizer.
+    """
+    if isinstance(name, MergeVQ):
+        return name
+    if not str(name):
+        raise ConfigError(f"expected data.tokenizer, the model {role}, got none")
+    if out.resolve() in (Path(name).resolve(), *Path(name).resolve().parents):
+        raise ConfigError(f"expected a tokenizer outside of {out}, where the new one is written to, got {name}")
+    return MergeVQ.from_pretrained(name)
 
 
 def stream(

@@ -1,7 +1,7 @@
 """Optimizers, the learning-rate schedule as a pure function, averaged weights, gradient norms."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
@@ -43,32 +43,39 @@ def lr_factor(progress: float, step: int, optim: OptimConfig) -> float:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Gives every parameter group the learning rate `lr`."""
+    """Gives every parameter group the learning rate `lr`, times the scale of a group that has one."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def build_adamw(module: nn.Module, lr: float, optim: OptimConfig) -> torch.optim.AdamW:
+def build_adamw(
+    module: nn.Module, lr: float, optim: OptimConfig, lr_scale: Callable[[str], float] = lambda name: 1.0
+) -> torch.optim.AdamW:
     """Returns AdamW over all parameters of `module` that ask for a gradient; weight decay touches matrices only.
 
     Matrices are the weights of linear layers and convolutions. Biases, norms, layer scales, the class token and learned
     queries are vectors or embeddings, whatever the number of their axes, and do not decay.
+
+    Args:
+        module: what is trained.
+        lr: learning rate.
+        optim: the rest.
+        lr_scale: factor of the learning rate for the parameter of a name, which `set_lr` keeps.
     """
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for owner in module.modules():
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for path, owner in module.named_modules():
         is_layer = isinstance(owner, nn.Linear | nn.modules.conv._ConvNd)
         for name, parameter in owner.named_parameters(recurse=False):
             if parameter.requires_grad:
-                (matrices if is_layer and name == "weight" else others).append(parameter)
-    groups = [
-        {"params": matrices, "weight_decay": optim.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+                scale = lr_scale(f"{path}.{name}" if path else name)
+                groups.setdefault((scale, is_layer and name == "weight"), []).append(parameter)
+    listed = [
+        {"params": group, "lr": lr * scale, "lr_scale": scale, "weight_decay": optim.weight_decay if is_matrix else 0.0}
+        for (scale, is_matrix), group in groups.items()
     ]
-    groups = [group for group in groups if group["params"]]
     # One kernel for all parameters; the meta device of a dry run has none.
-    fused = all(p.device.type in ("cpu", "cuda") for p in (*matrices, *others))
-    return torch.optim.AdamW(groups, lr=lr, betas=optim.betas, fused=fused)
+    fused = all(p.device.type in ("cpu", "cuda") for group in groups.values() for p in group)
+    return torch.optim.AdamW(listed, lr=lr, betas=optim.betas, fused=fused)
 
 
 def average_weights(module: nn.Module, decay: float) -> AveragedModel:

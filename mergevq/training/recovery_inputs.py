@@ -7,6 +7,7 @@ from typing import NamedTuple
 from mergevq.data.token_cache import TokenCache
 from mergevq.errors import ConfigError, DataError
 from mergevq.tokenizer.model import MergeVQ
+from mergevq.training.inputs import open_tokenizer
 from mergevq.training.recovery_config import RecoveryRun
 
 
@@ -43,15 +44,7 @@ def open_inputs(
         TokenFileError: a cache is missing or damaged, or another tokenizer made it.
         DataError: there are fewer held-out images than processes.
     """
-    name = run.data.tokenizer if tokenizer is None else tokenizer
-    if isinstance(name, MergeVQ):
-        tok = name
-    elif not str(name):
-        raise ConfigError("expected data.tokenizer, the model whose recovery is trained, got none")
-    elif out.resolve() in (Path(name).resolve(), *Path(name).resolve().parents):
-        raise ConfigError(f"expected a tokenizer outside of {out}, where the new one is written to, got {name}")
-    else:
-        tok = MergeVQ.from_pretrained(name)
+    tok = open_tokenizer(run.data.tokenizer if tokenizer is None else tokenizer, out, "whose recovery is trained")
     train = _open(run.data.tokens if cache is None else cache, "data.tokens", tok)
     val = _open(run.data.val_tokens if val_cache is None else val_cache, "data.val_tokens", tok)
     if min(len(val), run.loop.val_images) < world_size:

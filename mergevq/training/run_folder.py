@@ -89,7 +89,7 @@ def begin(out: Path, run: Run, resume: bool, caches: Mapping[str, str], train: i
         commands = [*read_json(out / "run.json").get("commands", []), *commands]
     else:
         # Only a run's own files: with --force the folder may hold others.
-        for pattern in ("model.safetensors", "log.jsonl", "run.json", "state/*", "images/step_*.png"):
+        for pattern in ("model.safetensors", "log.jsonl", "run.json", "result.json", "state/*", "images/step_*.png"):
             for path in out.glob(pattern):
                 path.unlink()
     record = {

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from mergevq import __version__
 from mergevq.cli.main import VERBS, main
@@ -107,14 +106,6 @@ def test_encode_names_what_it_left_out(
     out, err = capsys.readouterr()
     assert "4 images of 32 x 32 pixels, 1 unreadable left out" in out
     assert err.startswith("mergevq: WARNING: ") and "0002.png" in err and err.count("\n") == 1
-
-
-def test_show_draws_original_maps_and_reconstructions(model: Path, photos: Path, tmp_path: Path) -> None:
-    _run("show", photos / "0000.png", "-o", tmp_path / "map.png", "--model", model, "--num-tokens", "40,10")
-    with Image.open(tmp_path / "map.png") as picture:
-        # Three columns of 256 pixels and two rows, with 8 pixels between and room for titles.
-        assert 3 * 264 < picture.width < 3 * 264 + 200 and 2 * 264 < picture.height < 2 * 264 + 60
-        assert len(picture.convert("RGB").getcolors(picture.width * picture.height) or []) > 50
 
 
 def test_eval_writes_json_and_a_page(

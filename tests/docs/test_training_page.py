@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mergevq import presets
+from mergevq.training.finetune_config import FinetuneRun
 from mergevq.training.generator_config import GeneratorRun, TokenFacts, fit_model
 from mergevq.training.generator_validation import _named
 from mergevq.training.recovery_config import RecoveryRun
@@ -61,8 +62,24 @@ def test_the_numbers_of_validation_are_in_the_table() -> None:
     assert told == set(_named(torch.ones(2, 3, dtype=torch.float64), kinds=True))
 
 
-@pytest.mark.parametrize("run", [GeneratorRun, RecoveryRun])
-def test_what_may_change_on_resuming_is_named(run: type[GeneratorRun] | type[RecoveryRun]) -> None:
+def test_the_recipes_of_fine_tuning_are_the_presets() -> None:
+    recipes = {row[0].strip("`"): row[1:] for row in rows("Fine-tuning")}
+    assert set(recipes) == set(presets.finetune_names())
+    for name, (samples, steps, rate, decay, drop_path, mixing) in recipes.items():
+        run = presets.finetune(name)
+        product = math.prod(int(n) for n in samples.split(" = ")[-1].split(" × "))
+        assert product == int(samples.split(" = ")[0]) == run.loop.batch_size * run.loop.accumulate
+        assert steps == f"{run.loop.steps:,}"
+        assert [float(rate), float(decay), float(drop_path)] == [
+            run.optim.lr,
+            run.optim.layer_decay,
+            run.model.drop_path,
+        ]
+        assert [float(n) for n in mixing.split(", ")] == [run.loss.mixup, run.loss.cutmix]
+
+
+@pytest.mark.parametrize("run", [GeneratorRun, RecoveryRun, FinetuneRun])
+def test_what_may_change_on_resuming_is_named(run: type[GeneratorRun | RecoveryRun | FinetuneRun]) -> None:
     text = PAGE.split("These may change:")[1].split("The number of processes")[0]
     for name in run.free_fields:
         assert name in text or f"`{name.removeprefix('loop.')}`" in text, name

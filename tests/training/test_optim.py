@@ -125,3 +125,19 @@ def test_clipping_scales_to_the_norm_and_only_down() -> None:
     assert torch.equal(layer.weight.grad, torch.tensor([[3.0, 4.0]]))
     clip_gradients(layer.parameters(), 1.0, norm)
     assert torch.allclose(layer.weight.grad, torch.tensor([[0.6, 0.8]]), atol=1e-5)
+
+
+def test_a_parameters_rate_has_its_scale_and_keeps_it() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.Linear(2, 2))
+    optim = OptimConfig(weight_decay=0.1)
+    optimizer = build_adamw(model, 1.0, optim, lambda name: 0.5 if name.startswith("0.") else 1.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+
+    def rates() -> dict[str, float]:
+        return {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+
+    assert rates() == {"0.weight": 0.5, "0.bias": 0.5, "1.weight": 1, "1.bias": 1, "2.weight": 1, "2.bias": 1}
+    decayed = {names[id(p)] for g in optimizer.param_groups for p in g["params"] if g["weight_decay"] == 0.1}
+    assert decayed == {"0.weight", "2.weight"}
+    set_lr(optimizer, 0.25)
+    assert set(rates().values()) == {0.125, 0.25} and rates()["0.bias"] == 0.125

@@ -127,3 +127,30 @@ def test_the_generator_depends_on_every_part_of_its_key_and_on_nothing_else() ->
 def test_impossible_sizes() -> None:
     with pytest.raises(ConfigError, match="at least 1 pixel"):
         Views(0)
+
+
+def test_a_training_image_may_be_a_random_part() -> None:
+    """The law of the student's view, and mirrored only if asked."""
+    image = coordinates(100, 60)
+    for number in range(50):
+        part = training_crops(image, Views(32, crop="part", teacher=32), sample_rng(3, 0, number))
+        view = training_crops(image, Views(1, crop="center", student=32), sample_rng(3, 0, number))["view_student"]
+        left, top, right, bottom = corners(part["image"])
+        assert left < right and top < bottom
+        assert {left, right} == {corners(view)[0], corners(view)[2]} and (top, bottom) == corners(view)[1::2]
+        assert part["view_teacher"].size == (32, 32)
+
+
+def test_distortions_are_the_generators_and_come_after_the_crop() -> None:
+    image = coordinates(60, 40)
+    before = torch.get_rng_state()
+    views = Views(40, rand_augment=2)
+    crops = [np.asarray(training_crops(image, views, sample_rng(0, 0, n))["image"]) for n in range(12)]
+    again = [np.asarray(training_crops(image, views, sample_rng(0, 0, n))["image"]) for n in range(12)]
+    plain = [np.asarray(training_crops(image, Views(40), sample_rng(0, 0, n))["image"]) for n in range(12)]
+    assert all(np.array_equal(a, b) for a, b in zip(crops, again, strict=True))
+    assert torch.equal(torch.get_rng_state(), before)
+    # Some operations change nothing, but rarely both.
+    assert sum(not np.array_equal(a, b) for a, b in zip(crops, plain, strict=True)) >= 9
+    with pytest.raises(ConfigError, match="rand_augment"):
+        Views(40, rand_augment=-1)

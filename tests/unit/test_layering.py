@@ -11,6 +11,7 @@ import pytest
 import mergevq
 
 ROWS = (
+    "__main__",
     "cli",
     "presets",
     "training",

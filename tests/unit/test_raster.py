@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mergevq
-from mergevq.errors import CheckpointError, ConfigError, OutputExistsError, ShapeError
+from mergevq.errors import CheckpointError, ConfigError, MissingDependencyError, OutputExistsError, ShapeError
 from mergevq.files import read_header, save_tensors
 from mergevq.generator.config import GeneratorConfig, MaskConfig
 from mergevq.generator.generate import check_pair, default_batch_size, load_generator
@@ -246,6 +246,12 @@ def test_counts_outside_training_are_warned_of(model: MergeAR, caplog: pytest.Lo
     assert [record.getMessage() for record in caplog.records] == [
         "num_tokens 1, 10, 12: this generator was trained on 2..9, expect worse images"
     ]
+
+
+def test_compiling_without_a_compiler_is_refused_in_one_line(model: MergeAR, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(MissingDependencyError, match=r"expected a C\+\+ .*no-such-compiler.*leave compile off"):
+        model.generate([0], compile=True)
 
 
 def test_damaged_weights_are_noticed_although_some_token_comes_out() -> None:
