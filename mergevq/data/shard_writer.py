@@ -118,7 +118,9 @@ def _is_done(path: Path, folder: ShardFolder, key: str) -> bool:
 
 
 def _finish(folder: ShardFolder, settings: ShardSettings) -> None:
-    out, shards, unreadable = folder.path, [], {}
+    out = folder.path
+    shards: list[dict[str, Any]] = []
+    unreadable: dict[str, str] = {}
     for number in range(settings.num_shards):
         path = out / shard_name(number)
         images = len(map_shard(path, folder.shard_form)["number"])
