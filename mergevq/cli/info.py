@@ -1,4 +1,4 @@
-"""`mergevq info`: what is in a model, a token file or a token cache."""
+"""`mergevq info`: what is in a model, a token file, a token cache or a result."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,10 @@ import tyro
 
 
 def info(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]) -> None:
-    """Print what a model, a token file or a token cache holds. Reads all of it and checks it.
+    """Print what a model, a token file, a token cache or a result holds. Reads all of it and checks it.
 
     Args:
-        file: Model file, folder of a training run, token file (.mvq), or folder of a token cache.
+        file: Model file, folder of a training run, token file (.mvq), folder of a token cache, or an evaluation's JSON.
     """
     from mergevq.errors import CheckpointError
     from mergevq.files import read_header
@@ -19,6 +19,11 @@ def info(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE
 
     if (file / "manifest.json").is_file():
         _print(_describe_cache(file))
+        return
+    if file.suffix == ".json":
+        from mergevq.evaluation.read_back import read_report
+
+        print(read_report(file))
         return
     path = find_model_file(file)
     header = read_header(path)
