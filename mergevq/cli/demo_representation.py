@@ -5,7 +5,8 @@ from typing import Any
 
 from mergevq.cli.demo_generation import Progress
 
-_TRAIN = 400  # Images whose neighbours vote; few, so that it takes seconds.
+# Images whose neighbours vote, few so that it takes seconds, and images that are classified: all that are held out.
+_TRAIN, _TEST = 400, 299
 _KINDS = ("class", "mean", "class+mean")
 
 
@@ -21,23 +22,22 @@ def probe_features(tok: Any, out: Path, progress: Progress) -> Any:
     from mergevq.files import write_json
     from mergevq.metrics.probe_config import ProbeConfig
 
-    train, test = EmbeddedImages("train"), EmbeddedImages("val")
-    number = min(_TRAIN, len(train))
     rows = 2 * len(_KINDS) + 1
-    with progress("probe", number + (1 + rows) * len(test)) as advance:
+    with progress("probe", _TRAIN + (1 + rows) * _TEST) as advance:
         report = evaluate_representation(
             tok,
-            train,
-            test,
+            EmbeddedImages("train"),
+            EmbeddedImages("val"),
             num_tokens=None,
             kinds=_KINDS,
             probes=ProbeConfig(probes=("knn",)),
-            train_limit=number,
+            train_limit=_TRAIN,
+            test_limit=_TEST,
             on_images=advance,
         )
     write_json(out / "representation.json", report.to_json())
     about = (
-        f"What do the tokenizer's features know of the nine categories of emoji? {number} training images with classes "
+        f"What do the tokenizer's features know of the nine categories of emoji? {_TRAIN} training images with classes "
         "vote for each held-out image, the most similar ones most. The tokenizer was trained without categories and "
         "without a teacher; pixels and the same network before training are what it has to beat.",
     )

@@ -22,6 +22,7 @@ from mergevq.evaluation.protocol import PREPARATION, data_name, hardware, precis
 from mergevq.evaluation.training_neighbours import CLOSE, TrainingSet
 from mergevq.generator.config import GeneratorConfig
 from mergevq.generator.generate import check_pair
+from mergevq.layers.pretrained import weights_checksum
 from mergevq.metrics.features import FeatureNetwork, feature_network
 from mergevq.metrics.neighbours import Nearest
 from mergevq.sampling import Number, SamplingOptions, image_seeds
@@ -190,6 +191,8 @@ def evaluate_generation(
         "sampling": _sampling_facts(plan.options),
         "seed": seed,
         "tokenizer": tok.fingerprint(),
+        "decoder": weights_checksum(tok.decoder),
+        "recovery": weights_checksum(tok.recovery) if config.order == "random" and tok.recovery is not None else None,
         "generator": _generator_facts(generator),
         "precision": {"generator": _dtype_name(dtype) or precision(place), "other networks": precision(place)},
         "batch_size": batch_size,

@@ -63,7 +63,7 @@ class KeptParts:
         for name in (_PARTS, FEATURES):
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
-    def read(self, name: str) -> dict[str, str] | None:
+    def read(self, name: str) -> dict[str, Any] | None:
         """Returns result and section of a finished part, as JSON values; None if it is not there.
 
         Raises:

@@ -32,6 +32,7 @@ from mergevq.evaluation.reconstruction import evaluate_reconstruction
 from mergevq.evaluation.representation import evaluate_representation
 from mergevq.evaluation.representation_plan import BASELINES, KINDS, choose_counts, choose_settings
 from mergevq.evaluation.sanity import MOST_IMAGES, evaluate_sanity
+from mergevq.layers.pretrained import weights_checksum
 from mergevq.layers.teachers import load_teacher
 from mergevq.metrics.features import feature_network
 from mergevq.metrics.probe_config import ProbeConfig
@@ -136,8 +137,10 @@ def evaluate_all(
     counts = choose_counts(tok, num_tokens, side) if num_tokens else usual_counts(tok, side)
     features = None if network is None else feature_network(network).to(place)
     looked_at = min(len(images.held_out), limit or len(images.held_out))
+    # Of all weights: the fingerprint is the identity of the tokens, whatever decodes them.
     common = {
-        "tokenizer": tok.fingerprint(),
+        "tokenizer": weights_checksum(tok),
+        "configuration": config_to_dict(tok.config),
         "data": data_name(data, images.held_out),
         "set of images": images.held_out.fingerprint(),
         "limit": limit,
@@ -263,7 +266,7 @@ def evaluate_all(
         "num_tokens": list(counts),
         "network": identity(features),
         "perceptual": identity(perceptual),
-        "tokenizer": {"name": name, "fingerprint": common["tokenizer"]},
+        "tokenizer": {"name": name, "fingerprint": tok.fingerprint(), "sha256": common["tokenizer"]},
         "generator": None if generator is None or "generation" in missing else generator.fingerprint(),
         "precision": precision(place),
         "seed": seed,
@@ -302,7 +305,9 @@ def _make(name: str, job: _Job, kept: KeptParts, processes: Processes, progress:
             # What comes back from a file, so that nothing depends on whether it did.
             return json.loads(json.dumps(reports[0].to_json(), allow_nan=False))
 
-        result = work() if job.shared else processes.first(work)
+        # Of what all made, the first has the samples.
+        mine = work() if job.shared else None
+        result = processes.first((lambda: mine) if job.shared else work)
     if processes.rank:
         return Part(result, str)
     if kept.folder is None:

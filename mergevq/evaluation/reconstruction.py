@@ -130,6 +130,7 @@ def evaluate_reconstruction(
         "network": None if features is None else {"name": features.name, "sha256": features.checksum},
         "perceptual": None if distance is None else perceptual_facts(perceptual, distance),
         "tokenizer": tok.fingerprint(),
+        "decoder": weights_checksum(tok.decoder),
         "recovery": weights_checksum(tok.recovery) if predict_source and tok.recovery is not None else None,
         "num_patches": run.grid[0] * run.grid[1],
         "num_bits": tok.config.num_bits,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
-from torchvision.transforms.functional import gaussian_blur
+from torch.nn import functional as F
 
 from mergevq.data.folder import ImageFolder
 from mergevq.data.loader import evaluation_batches
@@ -131,11 +131,12 @@ class _Pass:
     @torch.no_grad()
     def measure(self, images: Float[Tensor, "B 3 H W"], places: Int[Tensor, " B"]) -> None:
         originals = to_uint8(images)
-        radius = max(1, math.ceil(3 * self.sigma))
-        radius = min(radius, min(images.shape[-2:]) - 1)
-        blurred = gaussian_blur(images, [2 * radius + 1] * 2, [self.sigma] * 2)
         noise = torch.randn(images.shape, generator=self.rng).to(images.device) * (NOISE / 127.5)
-        drawn = {"identical": originals, "blurred": to_uint8(blurred), "noised": to_uint8(images + noise)}
+        drawn = {
+            "identical": originals,
+            "blurred": to_uint8(gaussian_blur(images, self.sigma)),
+            "noised": to_uint8(images + noise),
+        }
         for name, pixels in drawn.items():
             self.found[name].compare(pixels, originals, self.perceptual)
             self.found[name].look(pixels, self.network)
@@ -194,6 +195,22 @@ class _Pass:
             found["precision"], found["recall"] = precision_recall(a, b, NEIGHBOURS)
         found["inception_score"] = inception_score_of(self.network, b)
         return found
+
+
+def gaussian_blur(images: Float[Tensor, "B C H W"], sigma: float) -> Float[Tensor, "B C H W"]:
+    """Returns blurred images, mirrored at their edges; the window reaches to three sigma.
+
+    Args:
+        images: of at least 2 x 2 pixels.
+        sigma: in pixels.
+    """
+    radius = min(max(1, math.ceil(3 * sigma)), min(images.shape[-2:]) - 1)
+    position = torch.arange(-radius, radius + 1, dtype=images.dtype, device=images.device)
+    window = torch.exp(-(position**2) / (2 * sigma**2))
+    window = window / window.sum()
+    planes = F.pad(images, [radius] * 4, mode="reflect").flatten(0, 1)[:, None]
+    rows = F.conv2d(planes, window[None, None, :, None])
+    return F.conv2d(rows, window[None, None, None, :])[:, 0].unflatten(0, images.shape[:2])
 
 
 def _notes(seen: int, total: int, network: FeatureNetwork | None) -> tuple[str, ...]:

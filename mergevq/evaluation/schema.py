@@ -25,7 +25,7 @@ def reading(value: Any, schema: str, source: str) -> Iterator[Mapping[str, Any]]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
-        what = f"no {error}" if isinstance(error, KeyError) else str(error)
+        what = f"no {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
         raise CheckpointError(
             f"{source}: expected all of a {schema}, got a damaged one ({what}): evaluate again"
         ) from error
