@@ -27,6 +27,8 @@ _PUBLIC = {
     "write_images": "mergevq.data.images",
     "TokenCache": "mergevq.data.token_cache",
     "write_token_cache": "mergevq.data.cache_writer",
+    "TeacherCache": "mergevq.data.teacher_cache",
+    "write_teacher_cache": "mergevq.data.teacher_cache",
     "train_tokenizer": "mergevq.training.tokenizer",
     "train_generator": "mergevq.training.generator",
     "train_recovery": "mergevq.training.recovery",
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
     from mergevq.data.cache_writer import write_token_cache as write_token_cache
     from mergevq.data.images import read_images as read_images
     from mergevq.data.images import write_images as write_images
+    from mergevq.data.teacher_cache import TeacherCache as TeacherCache
+    from mergevq.data.teacher_cache import write_teacher_cache as write_teacher_cache
     from mergevq.data.token_cache import TokenCache as TokenCache
     from mergevq.errors import MergeVQError as MergeVQError
     from mergevq.evaluation.generation import evaluate_generation as evaluate_generation

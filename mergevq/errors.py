@@ -22,7 +22,7 @@ class CheckpointError(MergeVQError, ValueError):
 
 
 class TokenFileError(MergeVQError, ValueError):
-    """A token file is damaged, of another version, or belongs to another tokenizer."""
+    """A token file or a cache is damaged, of another version, or belongs to another tokenizer or teacher."""
 
 
 class DataError(MergeVQError, ValueError):

@@ -68,15 +68,16 @@ def cache_tokens(
         device: auto, cpu, cuda, cuda:1, ...
         force: Start anew, and remove the files of a cache that is in the folder.
     """
-    from mergevq.data.cache_format import check_views
-    from mergevq.data.cache_writer import check_free, write_token_cache
+    from mergevq.data.cache_format import check_views, token_folder
+    from mergevq.data.cache_writer import write_token_cache
     from mergevq.data.labels import label_images
+    from mergevq.data.shard_writer import check_free
     from mergevq.data.sources import images_of_split
     from mergevq.tokenizer.model import MergeVQ
 
     check_batch_size(batch_size)
     seen = check_views(views)
-    check_free(out, force)
+    check_free(token_folder(out), force)
     images = images_of_split(data, split, val_fraction)
     if labels is not None:
         everything = images if split == "all" else images_of_split(data, "all")

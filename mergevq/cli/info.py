@@ -1,24 +1,27 @@
-"""`mergevq info`: what is in a model, a token file, a token cache or a result."""
+"""`mergevq info`: what is in a model, a token file, a cache of tokens or of a teacher's features, or a result."""
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 
 def info(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]) -> None:
-    """Print what a model, a token file, a token cache or a result holds. Reads all of it and checks it.
+    """Print what a model, a token file, a cache or a result holds. Reads all of it and checks it.
 
     Args:
-        file: Model file, folder of a training run, token file (.mvq), folder of a token cache, or an evaluation's JSON.
+        file: Model file, folder of a training run, token file (.mvq), folder of a token or teacher cache, or the JSON
+            of an evaluation.
     """
     from mergevq.errors import CheckpointError
-    from mergevq.files import read_header
+    from mergevq.files import read_header, read_json
     from mergevq.model_files import find_model_file
 
     if (file / "manifest.json").is_file():
-        _print(_describe_cache(file))
+        cached = read_json(file / "manifest.json")
+        of_teacher = isinstance(cached, dict) and str(cached.get("mergevq")).startswith("teacher-cache/")
+        _print(_describe_teacher_cache(file) if of_teacher else _describe_cache(file))
         return
     if file.suffix == ".json":
         from mergevq.evaluation.read_back import read_report
@@ -138,16 +141,15 @@ def _describe_tokens(path: Path) -> dict[str, str]:
 
 
 def _describe_cache(folder: Path) -> dict[str, str]:
-    from mergevq.data.cache_format import MANIFEST, read_manifest
+    from mergevq.data.cache_format import token_folder
     from mergevq.data.token_cache import TokenCache
 
-    manifest = read_manifest(folder)
+    manifest = token_folder(folder).read_manifest()
     cache = TokenCache(folder)
     cache.verify()
     rows, columns = cache.grid
-    size = (folder / MANIFEST).stat().st_size + sum(int(shard["bytes"]) for shard in manifest["shards"])
     return {
-        "folder": f"{folder}, {size:,} bytes in {len(manifest['shards'])} shards",
+        "folder": _sizes(folder, manifest),
         "kind": manifest["mergevq"],
         "mergevq": str(manifest.get("version", "unknown")),
         "tokenizer": cache.tokenizer,
@@ -158,3 +160,28 @@ def _describe_cache(folder: Path) -> dict[str, str]:
         "tokens": f"{', '.join(map(str, cache.num_tokens))} an image, {cache.num_bits} bits each",
         "views": ", ".join(cache.views),
     }
+
+
+def _describe_teacher_cache(folder: Path) -> dict[str, str]:
+    from mergevq.data.teacher_cache import TeacherCache, teacher_folder
+
+    manifest = teacher_folder(folder).read_manifest()
+    cache = TeacherCache(folder)
+    cache.verify()
+    held = cache.settings
+    return {
+        "folder": _sizes(folder, manifest),
+        "kind": manifest["mergevq"],
+        "mergevq": str(manifest.get("version", "unknown")),
+        "teacher": f"{held.teacher}, {held.width} numbers an image",
+        "weights": held.checksum,
+        "images to it": held.preprocessing,
+        "data": held.data,
+        "images": f"{len(cache):,} of {held.image_size} x {held.image_size} pixels, {len(cache.unreadable)} unreadable "
+        "left out",
+    }
+
+
+def _sizes(folder: Path, manifest: dict[str, Any]) -> str:
+    size = (folder / "manifest.json").stat().st_size + sum(int(shard["bytes"]) for shard in manifest["shards"])
+    return f"{folder}, {size:,} bytes in {len(manifest['shards'])} shards"

@@ -23,6 +23,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "decode": ("mergevq.cli.decode:decode", "a token file to images"),
     "show": ("mergevq.cli.show:show", "an image as tokens: maps, attention, sizes; what two images share"),
     "cache-tokens": ("mergevq.cli.cache_tokens:cache_tokens", "a data set to tokens that generators train on"),
+    "cache-teacher": ("mergevq.cli.cache_teacher:cache_teacher", "a data set to a teacher's features, to align with"),
     "generate": ("mergevq.cli.generate:generate", "images from nothing but classes and a seed"),
     "train tokenizer": ("mergevq.cli.train:train_tokenizer", "train a tokenizer on a folder of images"),
     "train generator": ("mergevq.cli.train:train_generator", "train a generator on the tokens of a tokenizer"),

@@ -76,8 +76,8 @@ def train_tokenizer(words: Sequence[str]) -> Callable[..., None]:
         Args:
             out: Folder of the run.
             resume: Go on with the run in RUN; its configuration stays but for loop.steps, .minutes, .val_num_tokens,
-                .val_every, .val_images, .save_every, .log_every, data.workers, and data.train and data.val, which must
-                be the same images elsewhere.
+                .val_every, .val_images, .save_every, .log_every, data.workers, and data.train, data.val and
+                data.teacher_cache, which must be the same elsewhere.
             init: Start from the weights of this tokenizer: a file, a run's folder, or a Hugging Face hub id.
             force: Start anew in a folder that holds something; an earlier run's files are removed.
             dry_run: Print the resolved configuration, what differs from the preset and the parameter counts, and stop.

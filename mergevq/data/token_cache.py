@@ -6,30 +6,15 @@ which order it is read.
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
-from numpy.typing import NDArray
 from torch import Tensor
 
-from mergevq.configuration import config_from_dict
-from mergevq.data.cache_format import (
-    MANIFEST,
-    CacheSettings,
-    View,
-    cache_fingerprint,
-    check_size,
-    file_hash,
-    index_name,
-    read_manifest,
-    shard_name,
-    source_name,
-)
-from mergevq.data.token_shards import Arrays, map_shard
+from mergevq.data.cache_format import CacheSettings, View, index_name, source_name, token_folder
+from mergevq.data.shard_folder import Shards
 from mergevq.errors import ConfigError, TokenFileError
 from mergevq.merging import SourceMap
 from mergevq.tokens import MergedTokens
@@ -56,44 +41,38 @@ class TokenCache:
 
     def __init__(self, folder: str | Path, expect_tokenizer: str | None = None) -> None:
         self.folder = Path(folder)
-        manifest = read_manifest(self.folder)
-        try:
-            self.settings = config_from_dict(CacheSettings, manifest["settings"])
-            shards = [(str(s["file"]), int(s["images"]), int(s["bytes"]), str(s["sha256"])) for s in manifest["shards"]]
-            self.unreadable: dict[str, str] = dict(manifest["unreadable"])
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise TokenFileError(f"{self.folder / MANIFEST}: {error}: encode the images again") from error
+        self._shards = Shards(token_folder(folder), CacheSettings)
         if expect_tokenizer is not None and self.tokenizer != expect_tokenizer:
             raise TokenFileError(
                 f"{self.folder}: expected tokens of tokenizer {expect_tokenizer[:12]}, got those of "
                 f"{self.tokenizer[:12]}: use the model that made them, or encode the images again"
             )
-        self._files = [self.folder / file for file, _, _, _ in shards]
-        self._hashes = [sha for _, _, _, sha in shards]
-        self._ends = list(accumulate(images for _, images, _, _ in shards))
-        named = [file for file, _, _, _ in shards]
-        right = len(named) == self.settings.num_shards and named == [shard_name(s) for s in range(len(named))]
-        if not right or self._ends[-1] < 1:
-            raise TokenFileError(
-                f"{self.folder / MANIFEST}: expected {self.settings.num_shards} shards with at least one image, got "
-                f"{len(shards)}: encode the images again"
-            )
-        for path, (_, _, size, _) in zip(self._files, shards, strict=True):
-            check_size(path, size)
-        self._arrays = [self._map(shard) for shard in range(len(shards))]
-        self.labels: Int[Tensor, " n"] = _joined([arrays["label"] for arrays in self._arrays])
+        self.labels: Int[Tensor, " n"] = self._shards.joined("label")
         """Class of each row, -1 without classes."""
-        self.numbers: Int[Tensor, " n"] = _joined([arrays["number"] for arrays in self._arrays])
+        self.numbers: Int[Tensor, " n"] = self._shards.joined("number")
         """Number of each row's image in its data set."""
         if int(self.labels.min()) < -1 or int(self.labels.max()) >= self.num_classes:
             raise TokenFileError(
                 f"{self.folder}: expected labels -1..{self.num_classes - 1}, got others: encode the images again"
             )
-        self.fingerprint: str = cache_fingerprint(manifest)
-        """SHA-256 of the settings and of all tokens."""
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return len(self._shards)
+
+    @property
+    def settings(self) -> CacheSettings:
+        """What the cache holds."""
+        return self._shards.settings
+
+    @property
+    def unreadable(self) -> dict[str, str]:
+        """Name and reason of each image that was left out."""
+        return self._shards.unreadable
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the settings and of all tokens."""
+        return self._shards.fingerprint
 
     @property
     def num_images(self) -> int:
@@ -177,18 +156,19 @@ class TokenCache:
         source = np.zeros((len(rows), self.settings.num_patches), dtype=np.int64)
         # Rows that lie in one array are copied at once.
         places: dict[tuple[int, View, int], list[int]] = {}
+        ends = self._shards.ends
         for at, (row, k, seen) in enumerate(zip(rows, counts, views, strict=True)):
-            places.setdefault((bisect_right(self._ends, row), seen, k), []).append(at)
+            places.setdefault((bisect_right(ends, row), seen, k), []).append(at)
         for (shard, seen, k), found in sorted(places.items()):
-            first = self._ends[shard - 1] if shard else 0
+            first = ends[shard - 1] if shard else 0
             inside = [rows[i] - first for i in found]
-            arrays = self._arrays[shard]
+            arrays = self._shards.arrays[shard]
             index[found, :k] = arrays[index_name(seen, k)][inside]
             source[found] = arrays[source_name(seen, k)][inside]
             if index[found].max() >= 2**self.num_bits or source[found].max() >= k:
                 raise TokenFileError(
-                    f"{self._files[shard]}: expected indices below {2**self.num_bits} and sources below {k}, got "
-                    "others: the file is damaged, encode the images again"
+                    f"{self._shards.files[shard]}: expected indices below {2**self.num_bits} and sources below {k}, "
+                    "got others: the file is damaged, encode the images again"
                 )
         chosen = torch.tensor(rows)
         return {
@@ -241,32 +221,4 @@ class TokenCache:
         Raises:
             TokenFileError: a file is not the one that was written.
         """
-        for path, expected in zip(self._files, self._hashes, strict=True):
-            if file_hash(path) != expected:
-                raise TokenFileError(
-                    f"{path}: expected the shard that was written, the checksum differs: encode the images again"
-                )
-
-    def _map(self, shard: int) -> Arrays:
-        path, images = self._files[shard], self._ends[shard] - (self._ends[shard - 1] if shard else 0)
-        arrays = map_shard(path)
-        found = {name: (array.dtype, array.shape) for name, array in arrays.items()}
-        expected = self.settings.layout(images)
-        if found != expected:
-            wrong = sorted({*found, *expected} - {name for name in found if found[name] == expected.get(name)})
-            raise TokenFileError(
-                f"{path}: expected the arrays of {images} images that {MANIFEST} describes, got others "
-                f"({', '.join(wrong[:3])}): encode the images again"
-            )
-        return arrays
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_arrays": []}  # Another process maps the files by itself.
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._arrays = [self._map(shard) for shard in range(len(self._files))]
-
-
-def _joined(columns: Sequence[NDArray[Any]]) -> Int[Tensor, " n"]:
-    return torch.from_numpy(np.concatenate(columns).astype(np.int64))
+        self._shards.verify()

@@ -156,8 +156,8 @@ def _timm_teacher(name: str, size: int | None, weights: str | Path | None) -> Te
             "give its own model.safetensors, and a size that its patches divide"
         ) from error
     # Some networks have a layer after the pooling, which is as wide as this.
-    width = int(getattr(network, "head_hidden_size", None) or network.num_features)
-    return Teacher(network, width, side, config.mean, config.std, name)
+    width: Any = getattr(network, "head_hidden_size", None) or network.num_features
+    return Teacher(network, int(width), side, config.mean, config.std, name)
 
 
 def _timm_config(timm: Any, name: str) -> Any:

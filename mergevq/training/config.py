@@ -91,6 +91,8 @@ class DataConfig:
     """Where the square is cut after the short side was resized."""
     flip: bool = False
     """Mirror half of the training images."""
+    teacher_cache: str = ""
+    """Folder that `mergevq cache-teacher` wrote: align with what it holds, and do not run the teacher."""
     workers: int = 2
     """Processes that read images, for each training process; 0 reads in the training process."""
 
@@ -198,7 +200,7 @@ class TokenizerRun(Run):
     """A complete description of a tokenizer's training; `train_tokenizer(run, out)` runs it."""
 
     kind: ClassVar[str] = "tokenizer-run/1"
-    free_fields: ClassVar[tuple[str, ...]] = (*FREE_FIELDS, "loop.val_num_tokens")
+    free_fields: ClassVar[tuple[str, ...]] = (*FREE_FIELDS, "loop.val_num_tokens", "data.teacher_cache")
 
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)

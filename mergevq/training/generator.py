@@ -141,8 +141,8 @@ def train_generator(
     if run.model.order == "random" and inputs.tokenizer is not None and inputs.tokenizer.recovery is None:
         notices = ("no pictures of samples: this tokenizer has no recovery, which random order needs",)
     build = partial(_GeneratorTraining, run, inputs)
-    tokens = inputs.train.fingerprint if isinstance(inputs.train, TokenCache) else None
-    return run_training(fabric, Plan(run, out, build, images, resume, init, notices, tokens))
+    caches = {"tokens": inputs.train.fingerprint} if isinstance(inputs.train, TokenCache) else {}
+    return run_training(fabric, Plan(run, out, build, images, resume, init, notices, caches))
 
 
 class _GeneratorTraining:

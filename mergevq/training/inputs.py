@@ -11,6 +11,7 @@ from mergevq.data.augment import Views, alignment_views
 from mergevq.data.folder import ImageFolder
 from mergevq.data.loader import Batch, training_batches
 from mergevq.data.sources import training_and_validation
+from mergevq.data.teacher_cache import TeacherCache
 from mergevq.errors import ConfigError, DataError
 from mergevq.layers.teachers import load_teacher
 from mergevq.losses.perceptual import build_perceptual
@@ -25,6 +26,8 @@ class Inputs(NamedTuple):
     val: ImageFolder
     perceptual: nn.Module | None
     teacher: nn.Module | None
+    teacher_cache: TeacherCache | None = None
+    """What the teacher makes of the training images, where it is not run."""
 
 
 def open_inputs(
@@ -38,8 +41,10 @@ def open_inputs(
     """Returns what is given, and what the run names for what is not given. Networks whose loss is off are left out.
 
     Raises:
-        DataError: images are missing, too few for the processes, or without the classes that are the target.
-        ConfigError: the teacher's output has another width than the head.
+        DataError: images are missing, too few for the processes, or without the classes that are the target; or the
+            cached features are of others.
+        ConfigError: the teacher's output has another width than the head, or another teacher's features are cached.
+        TokenFileError: there are no cached features where the run names some.
         MissingDependencyError, CheckpointError: a network is not installed or cannot be had.
     """
     if train is None:
@@ -55,10 +60,17 @@ def open_inputs(
         perceptual = None
     elif perceptual is None:
         perceptual = build_perceptual(run.loss.perceptual)
+    cache = None
     if weights.alignment == 0 or labels:
+        teacher = None
+    elif run.data.teacher_cache:
+        cache = TeacherCache(run.data.teacher_cache)
+        cache.check_fits(train, run.model.image_size, run.loss.teacher if teacher is None else load_teacher(teacher))
         teacher = None
     elif teacher is None:
         teacher = load_teacher(run.loss.teacher, weights=run.loss.teacher_weights or None)
+    else:
+        teacher = load_teacher(teacher)
 
     if weights.alignment > 0:
         if labels and not train.classes:
@@ -67,11 +79,12 @@ def open_inputs(
             name = train.name(train.labels.index(-1))
             raise DataError(f"expected a class for every image for loss.alignment labels, got none for {name}")
         width = run.model.alignment.teacher_dim
-        came = len(train.classes) if labels else getattr(teacher, "width", width)
+        seen = cache.settings.width if cache is not None else getattr(teacher, "width", None)
+        came = len(train.classes) if labels else seen or width
         if came != width:
             what = "classes" if labels else "numbers from the teacher"
             raise ConfigError(f"expected {width} {what} (model.alignment.teacher_dim), got {came}: set it to {came}")
-    return Inputs(train, val, perceptual, teacher)
+    return Inputs(train, val, perceptual, teacher, cache)
 
 
 def open_tokenizer(name: str | Path | MergeVQ, out: Path, role: str) -> MergeVQ:
@@ -95,15 +108,25 @@ def open_tokenizer(name: str | Path | MergeVQ, out: Path, role: str) -> MergeVQ:
     return MergeVQ.from_pretrained(name)
 
 
-def stream(run: TokenizerRun, images: ImageFolder, rank: int, world_size: int, start: int) -> Iterator[Batch]:
-    """Yields the micro-batches of one process without end, from number `start` on."""
+def stream(
+    run: TokenizerRun,
+    images: ImageFolder,
+    rank: int,
+    world_size: int,
+    start: int,
+    teacher_cache: TeacherCache | None = None,
+) -> Iterator[Batch]:
+    """Yields the micro-batches of one process without end, from number `start` on.
+
+    Cached features are their `teacher` [B, Dt], in place of a view for the teacher. No other draw changes.
+    """
     model, data, loop = run.model, run.data, run.loop
     views = Views(model.image_size, data.crop, data.flip)
     if run.loss.weights.alignment > 0:
         views = alignment_views(model.image_size, model.downsampling, data.crop, data.flip)
-        if run.loss.alignment == "labels":
+        if run.loss.alignment == "labels" or teacher_cache is not None:
             views = replace(views, teacher=0)
-    return training_batches(
+    batches = training_batches(
         images,
         views,
         batch_size=loop.batch_size,
@@ -113,3 +136,6 @@ def stream(run: TokenizerRun, images: ImageFolder, rank: int, world_size: int, s
         workers=data.workers,
         start_batch=start,
     )
+    if teacher_cache is None:
+        return batches
+    return ({**batch, "teacher": teacher_cache.features(batch["number"])} for batch in batches)

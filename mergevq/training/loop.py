@@ -1,7 +1,7 @@
 """The loop of a run, whatever is trained: folder, processes, resuming, signals, log, saving, validating, publishing."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -68,8 +68,8 @@ class Plan(NamedTuple):
     init: str | Path | None
     notices: tuple[str, ...] = ()
     """What the user is told at the start."""
-    tokens: str | None = None
-    """Fingerprint of the cached tokens that are trained on, if they are cached."""
+    caches: Mapping[str, str] = {}
+    """Fingerprint of each cache that is trained on, by its name in the run's `data`: tokens, teacher_cache."""
 
 
 def check_start(fabric: Any, out: Path, run: Run, *, resume: bool, init: str | Path | None, force: bool) -> None:
@@ -88,13 +88,13 @@ def run_training(fabric: Any, plan: Plan) -> Path:
     """Starts the processes, trains to the end, and returns the model's file.
 
     Raises:
-        DataError: the run goes on with other images or tokens.
+        DataError: the run goes on with other images, tokens or teacher's features.
         CheckpointError: the state to resume from does not fit.
         NonFiniteLossError: a loss became NaN or infinite; the last saved state is whole.
         TrainingStopped: a signal stopped the run and its state was saved.
     """
     if plan.resume:
-        check_images(plan.out, plan.run, plan.tokens, **plan.images)
+        check_images(plan.out, plan.run, plan.caches, **plan.images)
     outcome: _Outcome = fabric.launch(_train, plan)
     if outcome.signum:
         # Other processes end well: their launcher kills the first one if they do not.
@@ -145,7 +145,7 @@ def _train(fabric: Any, plan: Plan) -> _Outcome:
         validated = validated_steps(out / "log.jsonl") if plan.resume else set()
         fabric.barrier()
         if fabric.is_global_zero:
-            begin(out, run, plan.resume, plan.tokens, **plan.images)
+            begin(out, run, plan.resume, plan.caches, **plan.images)
             truncate_log(out / "log.jsonl", state.step)
         with RunLog(out / "log.jsonl", _progress(state, run), fabric.is_global_zero) as log, StopRequest() as stop:
             for text in (_headline(state, plan), *notices):

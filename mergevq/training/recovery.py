@@ -200,7 +200,8 @@ def train_recovery(
     start = "the recovery that the tokenizer has, trained further" if goes_on(run, inputs.tok) else "a new recovery"
     build = partial(_RecoveryTraining, run, inputs)
     notices = (f"{start}: {run.recovery}",)
-    return run_training(fabric, Plan(run, out, build, images, resume, init, notices, inputs.train.fingerprint))
+    caches = {"tokens": inputs.train.fingerprint}
+    return run_training(fabric, Plan(run, out, build, images, resume, init, notices, caches))
 
 
 class _RecoveryTraining:

@@ -2,6 +2,7 @@
 
 import platform
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,8 +44,12 @@ def check_folder(out: Path, run: Run, resume: bool, force: bool) -> None:
         )
 
 
-def check_images(out: Path, run: Run, tokens: str | None, train: int, val: int) -> None:
-    """Checks that a run that goes on in `out` has as many images as before, and the same cached tokens.
+# What a run may take from a cache, by the name of the field in `data` and in run.json.
+_CACHES = {"tokens": "tokens", "teacher_cache": "features of the teacher"}
+
+
+def check_images(out: Path, run: Run, caches: Mapping[str, str], train: int, val: int) -> None:
+    """Checks that a run that goes on in `out` has as many images as before, and the same caches.
 
     Raises:
         DataError: it has not.
@@ -56,22 +61,23 @@ def check_images(out: Path, run: Run, tokens: str | None, train: int, val: int) 
             f"expected the {before['train']} images and {before['val']} held-out ones that {out} was started with, "
             f"got {train} and {val}: point data.train and data.val at the same images"
         )
-    # The first runs did not tell.
-    if record.get("tokens", tokens) != tokens:
-        raise DataError(
-            f"expected the tokens that {out} was started with, got others: point data.tokens at the same cache, or "
-            "start another run from its model with --init"
-        )
+    for name, what in _CACHES.items():
+        # The first runs did not tell.
+        if record.get(name, caches.get(name)) != caches.get(name):
+            raise DataError(
+                f"expected the {what} that {out} was started with, got others: point data.{name} at the same cache, or "
+                "start another run from its model with --init"
+            )
 
 
-def begin(out: Path, run: Run, resume: bool, tokens: str | None, train: int, val: int) -> None:
+def begin(out: Path, run: Run, resume: bool, caches: Mapping[str, str], train: int, val: int) -> None:
     """Writes `run.json`: version, commands, resolved configuration. Without `resume` an earlier run's results go.
 
     Args:
         out: folder of the run.
         run: its configuration.
         resume: whether it goes on there.
-        tokens: fingerprint of the cached tokens to train on; None if there are none.
+        caches: fingerprint of each cache to train on, by its name in `data`.
         train: number of images to train on.
         val: number of held-out images.
 
@@ -93,7 +99,7 @@ def begin(out: Path, run: Run, resume: bool, tokens: str | None, train: int, val
         "python": platform.python_version(),
         "commands": commands,
         "images": {"train": train, "val": val},
-        "tokens": tokens,
+        **{name: caches.get(name) for name in _CACHES},
         "config": config_to_dict(run),
     }
     write_json(out / "run.json", record)

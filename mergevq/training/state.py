@@ -83,12 +83,14 @@ def build_state(
         fabric: a launched lightning.Fabric.
         run: what to build.
         perceptual: frozen network for the perceptual term; needed if its weight is positive.
-        teacher: frozen network for the alignment term; needed if its weight is positive and its kind is not labels.
+        teacher: frozen network for the alignment term; needed if its weight is positive, its kind is not labels, and
+            nothing is cached.
     """
     weights = run.loss.weights
     if weights.perceptual > 0 and perceptual is None:
         raise ConfigError(f"expected a perceptual network for loss.weights.perceptual {weights.perceptual}, got none")
-    if weights.alignment > 0 and run.loss.alignment != "labels" and teacher is None:
+    cached = bool(run.data.teacher_cache)
+    if weights.alignment > 0 and run.loss.alignment != "labels" and teacher is None and not cached:
         raise ConfigError(f"expected a teacher for loss.weights.alignment {weights.alignment}, got none")
     discriminator = None
     with torch.random.fork_rng(devices=[]):

@@ -74,7 +74,8 @@ class AutoencoderStep(nn.Module):
         dtype: arithmetic of the tokenizer, the discriminator and the teacher; the perceptual network stays in float32.
         discriminator: asked, not trained, here; None without an adversarial term. Freeze it around the forward.
         perceptual: frozen network that compares two batches of images.
-        teacher: frozen network that maps images to the alignment target; None when labels are the target.
+        teacher: frozen network that maps images to the alignment target; None when labels are the target, or the
+            batches bring the target along.
     """
 
     def __init__(
@@ -124,7 +125,9 @@ class AutoencoderStep(nn.Module):
         view = batch["view_student"]
         with autocast(view.device, self.dtype):
             student = self.model.forward_alignment(view, num_tokens)
-            if self.teacher is None:
+            if "teacher" in batch:
+                target = batch["teacher"]
+            elif self.teacher is None:
                 target = batch["label"]
             else:
                 with torch.no_grad():

@@ -137,7 +137,8 @@ def train_tokenizer(
         init: start from the weights of this tokenizer (a file, a folder or a hub id).
         force: start anew in a folder that holds something; an earlier run's files are removed.
         perceptual: module that compares two batches of images, instead of `run.loss.perceptual`. Frozen here.
-        teacher: module that maps images in [-1, 1] to the alignment target, instead of `run.loss.teacher`. Frozen here.
+        teacher: module that maps images in [-1, 1] to the alignment target, instead of `run.loss.teacher`. Frozen here;
+            with `run.data.teacher_cache` only compared with the one that was cached.
         train_data: images to train on, instead of `run.data.train`.
         val_data: held-out images, instead of `run.data.val`; needed with `train_data`.
         hardware: devices; by default one GPU, or the CPU.
@@ -157,7 +158,9 @@ def train_tokenizer(
     check_start(fabric, out, run, resume=resume, init=init, force=force)
     inputs = open_inputs(run, train_data, val_data, perceptual, teacher, fabric.world_size)
     images = {"train": len(inputs.train), "val": len(inputs.val)}
-    return run_training(fabric, Plan(run, out, partial(_TokenizerTraining, run, inputs), images, resume, init))
+    build = partial(_TokenizerTraining, run, inputs)
+    caches = {} if inputs.teacher_cache is None else {"teacher_cache": inputs.teacher_cache.fingerprint}
+    return run_training(fabric, Plan(run, out, build, images, resume, init, caches=caches))
 
 
 class _TokenizerTraining:
@@ -173,7 +176,8 @@ class _TokenizerTraining:
 
     def batches(self) -> Iterator[Batch]:
         fabric = self.state.fabric
-        return stream(self.run, self.inputs.train, fabric.global_rank, fabric.world_size, self.state.position)
+        rank, processes, at = fabric.global_rank, fabric.world_size, self.state.position
+        return stream(self.run, self.inputs.train, rank, processes, at, self.inputs.teacher_cache)
 
     def step(self, batch: list[Batch]) -> dict[str, Any]:
         report = train_step(self.state, batch, self.run)

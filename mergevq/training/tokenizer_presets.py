@@ -309,6 +309,46 @@ def _r_64() -> TokenizerRun:
     )
 
 
+def _quick(run: TokenizerRun, encoder: EncoderConfig, channels: int, multipliers: tuple[int, ...]) -> TokenizerRun:
+    """The same idea in three quarters of an hour on two CPU cores, or minutes on a GPU, to compare one with the other.
+
+    No discriminator: it would not have begun to matter.
+    """
+    decoder = DecoderConfig(
+        channels=channels,
+        multipliers=multipliers,
+        blocks=(1,) + (2,) * (len(multipliers) - 1),
+        output_stride=2,
+        upsample="nearest",
+        depth=2,
+        heads=4,
+    )
+    recovery = RecoveryConfig(width=128, heads=4, cross_depth=1, self_depth=1)
+    return replace(
+        run,
+        model=replace(run.model, num_groups=8, encoder=encoder, decoder=decoder, recovery=recovery),
+        loss=replace(run.loss, weights=replace(run.loss.weights, adversarial=0.0, lecam=0.0)),
+        data=replace(run.data, workers=2),
+        optim=replace(run.optim, lr=1e-3, warmup_steps=200, ema_decay=0.998),
+        loop=replace(run.loop, steps=2_500, batch_size=32, val_every=500, val_images=500, save_every=250),
+    )
+
+
+def _g_64_d32() -> TokenizerRun:
+    encoder = EncoderConfig(channels=32, multipliers=(2, 4), blocks=(1, 1), stem_stride=2, depth=4, heads=4)
+    return _quick(_g_64(), encoder, 32, (2, 4))
+
+
+def _gr_64_d32() -> TokenizerRun:
+    encoder = EncoderConfig(channels=32, multipliers=(2, 4, 4), blocks=(1, 1, 1), stem_stride=2, depth=4, heads=4)
+    return _quick(_gr_64(), encoder, 32, (2, 4, 4))
+
+
+def _r_64_d32() -> TokenizerRun:
+    encoder = EncoderConfig(kind="vit", patch_size=8, vit_width=192, depth=6, heads=4, position="sincos")
+    return _quick(_r_64(), encoder, 32, (2, 4, 4))
+
+
 def _fractions(num_patches: int) -> tuple[int, ...]:
     """All, three quarters, nine sixteenths, two fifths and a quarter of the patches."""
     return tuple(round(num_patches * part) for part in (1, 3 / 4, 9 / 16, 2 / 5, 1 / 4))
@@ -320,6 +360,9 @@ TOKENIZERS: dict[str, Callable[[], TokenizerRun]] = {
     "g_64": _g_64,
     "gr_64": _gr_64,
     "r_64": _r_64,
+    "g_64_d32": _g_64_d32,
+    "gr_64_d32": _gr_64_d32,
+    "r_64_d32": _r_64_d32,
     "g_128": _g_128,
     "gr_128": _gr_128,
     "g_256": _g_256,

@@ -128,6 +128,29 @@ def test_compare_masks_trains_each_rule_once(
     assert capsys.readouterr().out.splitlines()[-5:] == first.splitlines()[-5:]
 
 
+@pytest.mark.slow
+def test_compare_variants_trains_each_once_and_measures_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part, count in (("train", 12), ("val", 6)):
+        noise = torch.rand(count, 3, 64, 64, generator=torch.Generator().manual_seed(count)) * 2 - 1
+        noise[::2, 0] = 1  # Every other image is red.
+        for i, image in enumerate(noise):
+            mergevq.write_images(tmp_path / part / "ab"[i % 2], image[None], [f"{i}.png"], force=True)
+    words = ("--train", tmp_path / "train", "--val", tmp_path / "val", "--steps", 2, "--batch-size", 2, "--epochs", 5)
+    words = (*words, "--only", "neither,no merging", "--out", tmp_path / "out", "--device", "cpu")
+    run_example("compare_variants.py", *words)
+    first = capsys.readouterr().out
+    rows = json.loads((tmp_path / "out" / "variants.json").read_text())["runs"]
+    assert [row["run"] for row in rows] == ["G+R, no merging", "G+R, neither"]
+    logs = [(tmp_path / "out" / name / "log.jsonl").read_text() for name in ("G_R__no_merging", "G_R__neither")]
+    assert ["alignment" in log for log in logs] == [True, False]
+    assert [line.split(" | ")[1] for line in (tmp_path / "out" / "variants.md").read_text().splitlines()[2:5]] == [
+        "64", "36", "16",
+    ]  # fmt: skip
+    assert "random weights, class token" in first
+    run_example("compare_variants.py", *words)  # All is finished: it is read.
+    assert capsys.readouterr().out.splitlines()[-5:] == first.splitlines()[-5:]
+
+
 def test_token_map_shows_larger_tokens_at_smaller_k(model_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "maps" / "map.png"
     run_example("token_map.py", "--model", model_file, "--num-tokens", "64,4", "--images", 2, "--out", out)
@@ -302,7 +325,7 @@ def test_the_tree_names_every_module_once() -> None:
 
 
 def test_the_import_rows_are_the_enforced_ones() -> None:
-    rows = re.search(r"```\n(cli > .*?)\n```", (ROOT / "docs" / "design.md").read_text())
+    rows = re.search(r"```\n(__main__ > .*?)\n```", (ROOT / "docs" / "design.md").read_text())
     assert rows is not None
     told = [set(row.split(", ")) for row in rows[1].split(" > ")]
     for node in ast.parse((ROOT / "tests" / "unit" / "test_layering.py").read_text()).body:

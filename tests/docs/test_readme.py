@@ -67,7 +67,7 @@ def test_both_set_up_commands_are_targets() -> None:
 
 def test_every_verb_of_the_readme_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     verbs = set(re.findall(r"^mergevq ([\w-]+)", README, re.M))
-    told = "demo encode decode show cache-tokens generate train finetune eval convert info"
+    told = "demo encode decode show cache-tokens cache-teacher generate train finetune eval convert info"
     assert verbs == {*told.split(" ")}
     for verb in verbs:
         # The parser leaves with exit status 0 after the help.

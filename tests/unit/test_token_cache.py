@@ -17,10 +17,11 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import mergevq.files
-from mergevq.data.cache_format import MANIFEST, UNFINISHED, CacheSettings
+from mergevq.data.cache_format import CacheSettings
 from mergevq.data.cache_writer import write_token_cache
 from mergevq.data.folder import ImageFolder
 from mergevq.data.images import read_images
+from mergevq.data.shard_folder import MANIFEST, UNFINISHED
 from mergevq.data.token_cache import TokenCache
 from mergevq.data.token_shards import map_shard, save_shard, signed, unsigned
 from mergevq.errors import ConfigError, DataError, OutputExistsError, ShapeError, TokenFileError
@@ -136,7 +137,7 @@ def test_values_are_stored_in_the_smallest_types_that_hold_them(
         **{f"{view}.{k}.index": (np.uint8, (3, k)) for view in ("crop", "flip") for k in (5, 20)},
         **{f"{view}.{k}.source": (np.uint8, (3, 64)) for view in ("crop", "flip") for k in (5, 20)},
     }
-    layout = CacheSettings("t", "d", 70_000, 256, (32, 32), 18, (256, 257), ("crop",), (), 200, 4096).layout(7)
+    layout = CacheSettings("d", 70_000, 256, 4096, "t", (32, 32), 18, (256, 257), ("crop",), (), 200).layout(7)
     assert {name: (str(kind), shape) for name, (kind, shape) in layout.items()} == {
         "label": ("int16", (7,)),
         "number": ("uint32", (7,)),

@@ -1,0 +1,181 @@
+"""Does merging help representation, does alignment cost reconstruction? Trains six small tokenizers and compares them.
+
+    python examples/compare_variants.py --train "train-*.zip" --val val.zip --out variants
+
+G+R with alignment on and off, with merging and without (K = L all the time), then G and R, all for the same number of
+images, with the preset's seed. Every training and measurement is resumable: start the command again after an
+interruption; what is finished is read, not repeated. Writes variants.json and variants.md.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mergevq
+from mergevq.data.sources import evaluation_images, training_images
+from mergevq.files import atomic_path, write_json
+from mergevq.metrics.probe_config import LinearConfig, ProbeConfig
+from mergevq.training.config import TokenizerRun
+
+KINDS = ("class", "mean", "class+mean")
+
+
+def variants(teacher_cache: str, width: str) -> dict[str, TokenizerRun]:
+    """The six runs by name; all else is the presets'."""
+    g, both, r = (mergevq.presets.tokenizer(f"{name}_64{width}") for name in ("g", "gr", "r"))
+    found = {
+        "G+R": both,
+        "G+R, no alignment": without_alignment(both),
+        "G+R, no merging": without_merging(both),
+        "G+R, neither": without_merging(without_alignment(both)),
+        "G": g,
+        "R": r,
+    }
+    return {
+        name: replace(run, data=replace(run.data, teacher_cache=teacher_cache)) if run.model.alignment.enabled else run
+        for name, run in found.items()
+    }
+
+
+def without_alignment(run: TokenizerRun) -> TokenizerRun:
+    return replace(
+        run,
+        model=replace(run.model, alignment=replace(run.model.alignment, enabled=False)),
+        loss=replace(run.loss, weights=replace(run.loss.weights, alignment=0.0)),
+    )
+
+
+def without_merging(run: TokenizerRun) -> TokenizerRun:
+    """Nothing is merged, so there is nothing to recover."""
+    return replace(
+        run,
+        model=replace(run.model, recovery=replace(run.model.recovery, enabled=False)),
+        loss=replace(run.loss, weights=replace(run.loss.weights, recovery=0.0)),
+        loop=replace(run.loop, num_tokens=(run.model.num_patches,), num_tokens_probs=()),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", required=True, help="labelled images to train on: a folder, a .zip, a pattern")
+    parser.add_argument("--val", required=True, help="held-out images of the same classes")
+    parser.add_argument("--width", default="_d32", help="of the presets' names; '' takes g_64 (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=None, help="optimizer steps of each run (default: the presets')")
+    parser.add_argument("--batch-size", type=int, default=None, help="(default: the presets')")
+    parser.add_argument("--only", default="", help="only runs whose name contains one of these words, commas between")
+    parser.add_argument("--limit", type=int, default=None, help="training images for probes, evenly spread")
+    parser.add_argument("--epochs", type=int, default=90, help="of the linear probe (default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("variants"), help="folder of runs and results")
+    options = parser.parse_args(arguments)
+
+    train, val = training_images(options.train), evaluation_images(options.val)
+    teacher = options.out / "teacher"
+    words = [word for word in options.only.split(",") if word]
+    runs = {
+        name: run
+        for name, run in variants(str(teacher), options.width).items()
+        if not words or any(word in name for word in words)
+    }
+    if any(run.model.alignment.enabled for run in runs.values()) and not (teacher / "manifest.json").exists():
+        mergevq.write_teacher_cache("lite0", train, teacher, size=64, device=options.device)
+    rows = []
+    for name, run in runs.items():
+        steps, batch = options.steps or run.loop.steps, options.batch_size or run.loop.batch_size
+        loop = replace(run.loop, steps=steps, batch_size=batch, val_every=min(run.loop.val_every, steps))
+        out = options.out / "".join(c if c.isalnum() else "_" for c in name)
+        train_one(replace(run, loop=loop), out, train, val)
+        rows.append({"run": name, **measure(out, train, val, options)})
+        write_json(options.out / "variants.json", {"runs": rows})
+        with atomic_path(options.out / "variants.md") as temporary:
+            temporary.write_text(table(rows))
+    print(table(rows))
+
+
+def train_one(run: TokenizerRun, out: Path, train: Any, val: Any) -> None:
+    if not finished(out, run.loop.steps):
+        resume = (out / "state" / "state.json").exists()
+        mergevq.train_tokenizer(run, out, train_data=train, val_data=val, resume=resume)
+
+
+def finished(out: Path, steps: int) -> bool:
+    log = out / "log.jsonl"
+    return log.exists() and any(
+        record["kind"] == "val" and record["step"] == steps for record in map(json.loads, log.read_text().splitlines())
+    )
+
+
+def measure(out: Path, train: Any, val: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Reconstruction and representation at three K: all patches, nine sixteenths, a quarter."""
+    file = out / "measured.json"
+    if file.exists():
+        return dict(json.loads(file.read_text()))
+    tok = mergevq.MergeVQ.from_pretrained(out, device=options.device)
+    patches = tok.config.num_patches
+    counts = (patches, patches * 9 // 16, patches // 4)
+    report = mergevq.evaluate_reconstruction(tok, val, counts)
+    features = mergevq.evaluate_representation(
+        tok,
+        train,
+        val,
+        num_tokens=counts,
+        kinds=KINDS,
+        probes=ProbeConfig(probes=("knn", "linear"), linear=LinearConfig(epochs=options.epochs)),
+        train_limit=options.limit,
+        cache=out / "features",
+    )
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    rates = sorted(record["images_per_second"] for record in log if record["kind"] == "train")
+    found = {
+        "images_per_second": rates[len(rates) // 2],
+        "minutes": max(record["elapsed"] for record in log if record["kind"] == "train") / 60,
+        "reconstruction": report.to_json(),
+        "representation": features.to_json(),
+    }
+    write_json(file, found)
+    return found
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The comparison in Markdown: a row for each run and K, then the baselines."""
+    probed = [f"{kind} k-NN, linear %" for kind in KINDS]
+    heads = ["run", "K", "PSNR dB", "FD", "KD", "distinct", *probed, "images/s"]
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    for row in rows:
+        probes = row["representation"]["rows"]
+        for found in row["reconstruction"]["rows"]:
+            k = found["num_tokens"]
+            scores = [score(probe) for kind in KINDS for probe in probes if of(probe, kind, k)]
+            numbers = [f"{found['psnr']['mean']:.2f}", *(short(found[name]) for name in ("frechet", "kernel"))]
+            numbers += [f"{found['distinct_tokens']:.1f}", *scores, f"{row['images_per_second']:.1f}"]
+            lines.append(f"| {row['run']} | {k} | {' | '.join(numbers)} |")
+    for row in rows:
+        others = [probe for probe in row["representation"]["rows"] if not mine(probe)]
+        lines += ["", f"{row['run']}, baselines: " + "; ".join(f"{probe['name']} {score(probe)}" for probe in others)]
+    lines.append("")
+    return "\n".join(lines)
+
+
+def mine(probe: dict[str, Any]) -> bool:
+    return bool(probe["setting"]["source"] == "tokenizer")
+
+
+def of(probe: dict[str, Any], kind: str, num_tokens: int) -> bool:
+    return mine(probe) and probe["setting"]["kind"] == kind and probe["setting"]["num_tokens"] == num_tokens
+
+
+def score(probe: dict[str, Any]) -> str:
+    return ", ".join(f"{100 * probe[name]['score']['top1']:.1f}" for name in ("knn", "linear"))
+
+
+def short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    main()
