@@ -110,7 +110,7 @@ class SanityReport:
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """Returns the heading and the lines of a table; what was not measured has no column."""
         frechet, kernel = self.distance_names()
-        perceptual = self.protocol["perceptual"]
+        perceptual, network = self.protocol["perceptual"], self.protocol["network"]
         columns = [
             ("PSNR in dB", [_cell(row.psnr, ".2f") for row in self.rows]),
             ("SSIM", [_cell(row.ssim, ".3f") for row in self.rows]),
@@ -120,7 +120,10 @@ class SanityReport:
             ),
             (frechet, [_cell(row.frechet, ".4g") for row in self.rows]),
             (kernel, [_cell(row.kernel, ".3g") for row in self.rows]),
-            ("inception score", [_cell(row.inception_score, ".4g") for row in self.rows]),
+            (
+                f"inception score ({network['name'] if network else ''})",
+                [_cell(row.inception_score, ".4g") for row in self.rows],
+            ),
             ("precision", [_cell(row.precision, ".3f") for row in self.rows]),
             ("recall", [_cell(row.recall, ".3f") for row in self.rows]),
         ]
