@@ -36,6 +36,7 @@ _PUBLIC = {
     "evaluate_reconstruction": "mergevq.evaluation.reconstruction",
     "evaluate_generation": "mergevq.evaluation.generation",
     "evaluate_representation": "mergevq.evaluation.representation",
+    "evaluate_all": "mergevq.evaluation.overall",
     "MergeVQError": "mergevq.errors",
 }
 _SUBMODULES = ("presets", "convert", "errors")
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from mergevq.data.token_cache import TokenCache as TokenCache
     from mergevq.errors import MergeVQError as MergeVQError
     from mergevq.evaluation.generation import evaluate_generation as evaluate_generation
+    from mergevq.evaluation.overall import evaluate_all as evaluate_all
     from mergevq.evaluation.reconstruction import evaluate_reconstruction as evaluate_reconstruction
     from mergevq.evaluation.representation import evaluate_representation as evaluate_representation
     from mergevq.generator.config import GeneratorConfig as GeneratorConfig

@@ -192,7 +192,7 @@ def check_format(header: Mapping[str, Any], form: str, path: str | Path) -> None
         CheckpointError: the file is not ours, or of another kind or version.
     """
     kind, _, version = form.partition("/")
-    found = header.get("mergevq")
+    found = header.get("mergevq") if isinstance(header, Mapping) else None  # JSON may hold anything.
     if not isinstance(found, str):
         raise CheckpointError(
             f"{path}: expected a mergevq {kind} file, got a file of another origin: "

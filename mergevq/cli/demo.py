@@ -25,10 +25,10 @@ def demo(
 ) -> None:
     """Train a small tokenizer on the embedded images, round-trip held-out ones, generate new ones, write reports.
 
-    DIR gets report.html, report.png and report.json of the tokenizer, the token files, and the training run with
-    model.safetensors; generation.html, .png and .json of what the generator that comes with the package makes; and
-    live.html, .png and .json of a generator that is trained on the new tokenizer's tokens (its run is in
-    DIR/generator).
+    DIR gets report.html, report.png and report.json of the tokenizer, representation.html and .json of its features,
+    the token files, and the training run with model.safetensors; generation.html, .png and .json of what the generator
+    that comes with the package makes; and live.html, .png and .json of a generator that is trained on the new
+    tokenizer's tokens (its run is in DIR/generator).
 
     Args:
         out: Folder for everything.
@@ -40,6 +40,7 @@ def demo(
     from rich.console import Console
 
     from mergevq.cli.demo_generation import SHIPPED, generate_with, train_and_generate
+    from mergevq.cli.demo_representation import probe_features
     from mergevq.cli.options import progress
     from mergevq.data.embedded import EmbeddedImages
     from mergevq.evaluation.page import check_packages
@@ -77,6 +78,7 @@ def demo(
     write_json(out / "report.json", report.to_json())
     with atomic_path(out / "report.png") as temporary:
         report_picture(report).save(temporary)
+    features = probe_features(tok, out, progress)
     report.write_html(
         out / "report.html",
         title="mergevq demo",
@@ -86,6 +88,7 @@ def demo(
             "The pictures below were held out of training. Their tokens were written to files, read back, and decoded.",
         ),
         facts={"training": _training_facts(out, trained), **files},
+        sections=[features],
     )
     pages = ["report", "live"]
     made: dict[str, str] = {}
@@ -96,8 +99,9 @@ def demo(
     for name, fact in made.items():
         print(f"{name}: {fact}")
     for name in pages:
-        print(f"{name:<12}{out / f'{name}.html'}, {out / f'{name}.png'}")
-    print(f"models      {out / 'model.safetensors'}, {out / 'generator' / 'model.safetensors'}")
+        print(f"{name:<16}{out / f'{name}.html'}, {out / f'{name}.png'}")
+    print(f"representation  {out / 'representation.html'}")
+    print(f"models          {out / 'model.safetensors'}, {out / 'generator' / 'model.safetensors'}")
     print(f"done in {(time.perf_counter() - started) / 60:.1f} minutes")
 
 

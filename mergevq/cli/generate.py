@@ -239,6 +239,7 @@ def _check_folder(out: Path, record: dict[str, Any], resume: bool, force: bool) 
     if not (out / _RECORD).is_file():
         raise OutputExistsError(f"expected {_RECORD} in {out}, found none: there is nothing to resume, drop --resume")
     before = read_json(out / _RECORD)
-    differing = [name for name in record if before.get(name) != record[name]]
+    known = before if isinstance(before, dict) else {}
+    differing = [name for name in record if known.get(name) != record[name]]
     if differing:
         raise ConfigError(f"expected the options of the run in {out}, got other {', '.join(differing)}: use --force")

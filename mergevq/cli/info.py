@@ -1,4 +1,4 @@
-"""`mergevq info`: what is in a model, a token file, or a cache of tokens or of a teacher's features."""
+"""`mergevq info`: what is in a model, a token file, a cache of tokens or of a teacher's features, or a result."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,11 @@ import tyro
 
 
 def info(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]) -> None:
-    """Print what a model, a token file or a cache holds. Reads all of it and checks it.
+    """Print what a model, a token file, a cache or a result holds. Reads all of it and checks it.
 
     Args:
-        file: Model file, folder of a training run, token file (.mvq), or folder of a token or teacher cache.
+        file: Model file, folder of a training run, token file (.mvq), folder of a token or teacher cache, or the JSON
+            of an evaluation.
     """
     from mergevq.errors import CheckpointError
     from mergevq.files import read_header, read_json
@@ -21,6 +22,11 @@ def info(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE
         cached = read_json(file / "manifest.json")
         of_teacher = isinstance(cached, dict) and str(cached.get("mergevq")).startswith("teacher-cache/")
         _print(_describe_teacher_cache(file) if of_teacher else _describe_cache(file))
+        return
+    if file.suffix == ".json":
+        from mergevq.evaluation.read_back import read_report
+
+        print(read_report(file))
         return
     path = find_model_file(file)
     header = read_header(path)

@@ -29,11 +29,15 @@ VERBS: dict[str, tuple[str, str]] = {
     "train generator": ("mergevq.cli.train:train_generator", "train a generator on the tokens of a tokenizer"),
     "train recovery": ("mergevq.cli.train:train_recovery", "teach a tokenizer to predict its source maps"),
     "finetune": ("mergevq.cli.finetune:finetune", "train a tokenizer's encoder to classify labelled images"),
+    "eval all": (
+        "mergevq.cli.eval_all:eval_all",
+        "how good is a tokenizer? every measure, one table, one page, a card",
+    ),
     "eval reconstruction": ("mergevq.cli.eval:eval_reconstruction", "measure what encoding and decoding loses"),
     "eval generation": ("mergevq.cli.eval_generation:eval_generation", "measure generated images against real ones"),
     "eval representation": ("mergevq.cli.eval_representation:eval_representation", "probe features for classes"),
     "convert": ("mergevq.cli.convert:convert", "a checkpoint of the authors' release to a model file"),
-    "info": ("mergevq.cli.info:info", "what is in a model or token file"),
+    "info": ("mergevq.cli.info:info", "what is in a model, a token file or a result"),
 }
 """Verb -> where its function is, and what it does. The function's signature is the verb's options."""
 

@@ -18,10 +18,11 @@ from mergevq.evaluation.generation_pass import TokenGenerator, Worker, evaluatio
 from mergevq.evaluation.generation_plan import MOST_SHOWN, Classes, Plan, all_settings, generate_options, image_labels
 from mergevq.evaluation.generation_result import GenerationReport, GenerationRow, ReferenceRow, Sample, Setting
 from mergevq.evaluation.processes import shared_processes
-from mergevq.evaluation.protocol import data_name, hardware, versions
+from mergevq.evaluation.protocol import PREPARATION, data_name, hardware, precision, versions
 from mergevq.evaluation.training_neighbours import CLOSE, TrainingSet
 from mergevq.generator.config import GeneratorConfig
 from mergevq.generator.generate import check_pair
+from mergevq.layers.pretrained import weights_checksum
 from mergevq.metrics.features import FeatureNetwork, feature_network
 from mergevq.metrics.neighbours import Nearest
 from mergevq.sampling import Number, SamplingOptions, image_seeds
@@ -182,7 +183,7 @@ def evaluate_generation(
             "close_distance": found["threshold"],
         },
         "image_size": side,
-        "preparation": "short side resized (bicubic, antialiased), centre crop",
+        "preparation": PREPARATION,
         "rounding": "generated images clamped to [-1, 1] and rounded to bytes",
         "network": None if features is None else _network_facts(features),
         "precision_recall_neighbours": NEIGHBOURS,
@@ -190,7 +191,10 @@ def evaluate_generation(
         "sampling": _sampling_facts(plan.options),
         "seed": seed,
         "tokenizer": tok.fingerprint(),
+        "decoder": weights_checksum(tok.decoder),
+        "recovery": weights_checksum(tok.recovery) if config.order == "random" and tok.recovery is not None else None,
         "generator": _generator_facts(generator),
+        "precision": {"generator": _dtype_name(dtype) or precision(place), "other networks": precision(place)},
         "batch_size": batch_size,
         "processes": processes.world_size,
         "hardware": hardware(place),
@@ -235,7 +239,11 @@ def _class_facts(classes: Any, labels: Sequence[int] | None) -> str:
 
 
 def _sampling_facts(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: str(value) if isinstance(value, torch.dtype) else value for name, value in options.items()}
+    return {**options, "dtype": _dtype_name(options["dtype"])}
+
+
+def _dtype_name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _generator_facts(generator: TokenGenerator) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class Measure:
             setting=setting,
             frechet=frechet,
             kernel=kernel,
-            inception_score=self._inception_score(features),
+            inception_score=inception_score_of(self.network, features),
             precision=precision,
             recall=recall,
             close_to_training=None if self.training is None else self.training.share_close(found),
@@ -118,7 +118,7 @@ class Measure:
             images=half,
             frechet=frechet,
             kernel=kernel,
-            inception_score=self._inception_score(self._features),
+            inception_score=inception_score_of(self.network, self._features),
             precision=precision,
             recall=recall,
             close_to_training=close,
@@ -137,12 +137,13 @@ class Measure:
             precision, recall = precision_recall(self._manifold, Manifold(features, NEIGHBOURS))
         return frechet, kernel, precision, recall
 
-    def _inception_score(self, features: Float[Tensor, "n D"] | None) -> float | None:
-        if features is None or self.network is None or self.network.classifier is None:
-            return None
-        place = next(self.network.classifier.parameters()).device
-        parts = [self.network.logits(part.to(place)).cpu() for part in features.split(_BLOCK)]
-        return inception_score(torch.cat(parts))
+
+def inception_score_of(network: FeatureNetwork | None, features: Float[Tensor, "n D"] | None) -> float | None:
+    """Returns the inception score of images with these features; None without features or a classifier of them."""
+    if features is None or network is None or network.classifier is None:
+        return None
+    place = next(network.classifier.parameters()).device
+    return inception_score(torch.cat([network.logits(part.to(place)).cpu() for part in features.split(_BLOCK)]))
 
 
 def _rate(process: Tensor, images: Tensor, seconds: Tensor) -> float:

@@ -33,29 +33,34 @@ def render_generation(
     Raises:
         MissingDependencyError: matplotlib or jinja2 is not installed.
     """
+    return render_page(title=title, about=about, facts=facts, json_value=report.to_json(), **content(report))
+
+
+def content(report: GenerationReport) -> dict[str, Any]:
+    """Returns what a page or a section of it shows: arguments of `render_page` and `render_section`.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
     chosen, heads = report.best or 0, report.heads()
     samples = report.samples[chosen] if report.samples else ()
     near = [sample for sample in samples if sample.by_features or sample.by_pixels]
     plot = guidance_plot(report)
-    return render_page(
-        "generation.html.j2",
-        title=title,
-        about=about,
-        facts=facts,
-        summary=report.summary(),
-        table=report.cells(),
-        notes=report.notes,
-        protocol=report.protocol,
-        json_value=report.to_json(),
-        plot=None if plot is None else data_uri(plot, "svg+xml"),
-        neighbours=[{"pictures": _trio(sample)} for sample in near],
-        neighbours_of=heads[chosen],
-        sheets=[
+    return {
+        "template": "generation.html.j2",
+        "summary": report.summary(),
+        "table": report.cells(),
+        "notes": report.notes,
+        "protocol": report.protocol,
+        "plot": None if plot is None else data_uri(plot, "svg+xml"),
+        "neighbours": [{"pictures": _trio(sample)} for sample in near],
+        "neighbours_of": heads[chosen],
+        "sheets": [
             (head, photograph(samples_picture(report, row)))
             for row, head in enumerate(heads)
             if report.samples and report.samples[row]
         ],
-    )
+    }
 
 
 def samples_picture(report: GenerationReport, row: int | None = None, *, cell: int | None = None) -> Image.Image:

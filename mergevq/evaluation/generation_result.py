@@ -12,6 +12,7 @@ from rich.text import Text
 from torch import Tensor
 
 from mergevq.evaluation.result import Spread
+from mergevq.evaluation.schema import reading
 
 SCHEMA = "mergevq.generation/1"
 
@@ -170,6 +171,25 @@ class GenerationReport:
             "notes": list(self.notes),
             "samples": [[_facts(sample) for sample in samples] for samples in self.samples],
         }
+
+    @staticmethod
+    def from_json(value: Any, source: str = "the result") -> "GenerationReport":
+        """Returns the report that became these JSON values, without its samples.
+
+        Args:
+            value: from `to_json`.
+            source: what to call it in messages: its file.
+
+        Raises:
+            CheckpointError: it is no such result, or one of another version.
+        """
+        with reading(value, SCHEMA, source) as found:
+            return GenerationReport(
+                rows=tuple(map(GenerationRow.from_json, found["rows"])),
+                reference=ReferenceRow.from_json(found["reference"]),
+                protocol=found["protocol"],
+                notes=tuple(found["notes"]),
+            )
 
     def heads(self, *, without_guidance: bool = False) -> list[str]:
         """Returns a name for each row: its guidance, and of its other settings those that not all rows share.

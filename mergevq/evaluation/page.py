@@ -5,7 +5,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -33,6 +33,16 @@ def check_packages() -> None:
         raise MissingDependencyError(f"plots need matplotlib ({error}): pip install 'mergevq[eval]'") from error
 
 
+class Section(NamedTuple):
+    """A part of a page that could be a page of its own."""
+
+    name: str
+    """For links to it."""
+    title: str
+    html: str
+    """From `render_section`."""
+
+
 def render_page(
     template: str,
     *,
@@ -44,6 +54,7 @@ def render_page(
     notes: Sequence[str],
     protocol: Mapping[str, Any],
     json_value: Mapping[str, Any],
+    sections: Sequence[Section] = (),
     **pictures: Any,
 ) -> str:
     """Returns the page that `template` makes of page.html.j2.
@@ -58,33 +69,49 @@ def render_page(
         notes: what a reader of the numbers has to know.
         protocol: how they were measured.
         json_value: the same for programs.
+        sections: what follows the pictures, each under a heading of its own.
         pictures: what the template itself asks for.
 
     Raises:
         MissingDependencyError: matplotlib or jinja2 is not installed.
     """
-    check_packages()
-    from jinja2 import Environment, FunctionLoader, StrictUndefined
+    from_json = json.dumps(json_value, indent=1)
+    values: dict[str, Any] = {
+        "summary": summary,
+        "table": table,
+        "notes": notes,
+        "protocol": protocol,
+        "sections": sections,
+    }
+    return _render(
+        template, "page.html.j2", title=title, about=about, facts=facts or {}, json=from_json, **values, **pictures
+    )
 
-    environment = Environment(
-        loader=FunctionLoader(_template),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(template).render(
-        title=title,
-        about=about,
-        facts=facts or {},
-        summary=summary,
-        heads=table[0],
-        lines=table[1],
-        notes=notes,
-        protocol={name: readable(value) for name, value in protocol.items()},
-        json=json.dumps(json_value, indent=1),
-        **pictures,
-    )
+
+def render_section(
+    template: str,
+    *,
+    summary: str,
+    table: tuple[list[str], list[list[str]]],
+    notes: Sequence[str],
+    protocol: Mapping[str, Any],
+    **pictures: Any,
+) -> str:
+    """Returns the same without heading, style and JSON, to stand in another page: see `Section`.
+
+    Args:
+        template: name of a file beside this one, as for `render_page`.
+        summary: what was measured, in one line.
+        table: heading and lines of the numbers.
+        notes: what a reader of the numbers has to know.
+        protocol: how they were measured.
+        pictures: what the template itself asks for.
+
+    Raises:
+        MissingDependencyError: matplotlib or jinja2 is not installed.
+    """
+    values: dict[str, Any] = {"summary": summary, "table": table, "notes": notes, "protocol": protocol, "sections": ()}
+    return _render(template, "section.html.j2", **values, **pictures)
 
 
 def photograph(image: Image.Image) -> str:
@@ -120,6 +147,38 @@ def readable(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(readable(entry) for entry in value)
     return "none" if value is None else str(value)
+
+
+def _render(
+    template: str,
+    frame: str,
+    *,
+    table: tuple[list[str], list[list[str]]],
+    protocol: Mapping[str, Any],
+    sections: Sequence[Section],
+    **values: Any,
+) -> str:
+    check_packages()
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FunctionLoader(_template),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(
+        frame=frame,
+        whole=frame == "page.html.j2",
+        heads=table[0],
+        lines=table[1],
+        protocol={name: readable(value) for name, value in protocol.items()},
+        # Made by the same templates, which escaped all that came from outside.
+        sections=[part._replace(html=Markup(part.html)) for part in sections],
+        **values,
+    )
 
 
 def _template(name: str) -> str:

@@ -11,6 +11,9 @@ from mergevq import __version__
 from mergevq.data.embedded import EmbeddedImages
 from mergevq.data.folder import ImageFolder
 
+PREPARATION = "short side resized (bicubic, antialiased), centre crop"
+"""How every image becomes a square of bytes, which networks are given as numbers in [-1, 1]."""
+
 
 def data_name(data: str | Path | ImageFolder, images: ImageFolder) -> str:
     """Returns what the data is called in results.
@@ -36,6 +39,16 @@ def hardware(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device)}
     return {"device": _cpu_name(), "threads": torch.get_num_threads()}
+
+
+def precision(device: torch.device) -> str:
+    """Returns the arithmetic of networks that run in float32: which of it the device may round to fewer bits."""
+    rounded = []
+    if torch.get_float32_matmul_precision() != "highest":
+        rounded.append("matrix products")
+    if device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        rounded.append("convolutions")
+    return f"float32, {' and '.join(rounded)} with fewer bits (TF32 or bf16)" if rounded else "float32"
 
 
 def versions() -> dict[str, str]:

@@ -4,21 +4,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from mergevq.data.folder import ImageFolder
 from mergevq.data.loader import evaluation_batches
 from mergevq.data.sources import evaluation_images
 from mergevq.errors import CheckpointError, ConfigError
-from mergevq.evaluation.protocol import data_name, hardware, now, versions
+from mergevq.evaluation.protocol import PREPARATION, data_name, hardware, now, precision, versions
 from mergevq.evaluation.result import Example, ReconstructionReport, Reference
-from mergevq.evaluation.tally import Quality, Tally
+from mergevq.evaluation.tally import Quality, Tally, to_float
 from mergevq.layers.pretrained import weights_checksum
 from mergevq.losses.perceptual import build_perceptual
 from mergevq.metrics.distribution import FeatureSet, FeatureStore, frechet_distance, kernel_distance
 from mergevq.metrics.features import FeatureNetwork, feature_network
-from mergevq.metrics.image import WINDOW, psnr, ssim, to_uint8
+from mergevq.metrics.image import WINDOW, to_uint8
 from mergevq.tokenizer.model import MergeVQ
 
 MOST_EXAMPLES = 64
@@ -115,23 +115,26 @@ def evaluate_reconstruction(
         tok.train(was_training)
 
     originals = FeatureSet(run.originals.features) if features is not None and seen >= 2 else None
-    reference = None if originals is None or seen < 4 else _reference(originals.features, seed)
+    reference = None if originals is None or seen < 4 else two_halves(originals.features, seed)
     protocol = {
         "data": data_name(data, images),
         "images": seen,
         "images_unreadable": total - seen,
         "images_available": len(images),
+        "fingerprint": images.fingerprint(),
         "image_size": side,
-        "preparation": "short side resized (bicubic, antialiased), centre crop",
+        "preparation": PREPARATION,
+        "reference_set": "the originals of the reconstructions",
         "rounding": "reconstructions clamped to [-1, 1] and rounded to bytes",
         "ssim": f"Gaussian {WINDOW} x {WINDOW}, sigma 1.5, no padding, mean over channels",
         "network": None if features is None else {"name": features.name, "sha256": features.checksum},
-        "perceptual": None if distance is None else _identity(perceptual, distance),
+        "perceptual": None if distance is None else perceptual_facts(perceptual, distance),
         "tokenizer": tok.fingerprint(),
+        "decoder": weights_checksum(tok.decoder),
         "recovery": weights_checksum(tok.recovery) if predict_source and tok.recovery is not None else None,
         "num_patches": run.grid[0] * run.grid[1],
         "num_bits": tok.config.num_bits,
-        "precision": "float32",
+        "precision": precision(place),
         "batch_size": batch_size,
         "seed": seed,
         "hardware": hardware(place),
@@ -177,7 +180,7 @@ class _Pass:
             tally.seconds.append((len(images), middle - start, now(images.device) - middle))
             assert tokens.source is not None
             self.grid = tokens.grid
-            drawn = self._compare(tally.known, to_uint8(decoded), originals, images)
+            drawn = self._compare(tally.known, to_uint8(decoded), originals)
             bits, index = tokens.bits_per_image(), tokens.index.sort(dim=1).values
             tally.codebook.update(tokens.index)
             tally.known.add(
@@ -187,48 +190,47 @@ class _Pass:
             )
             for example, i in zip(shown, picked, strict=True):
                 example.source_index[k] = tokens.source.index[i].cpu()
-                example.reconstruction[k] = _to_float(drawn[i].cpu())
+                example.reconstruction[k] = to_float(drawn[i].cpu())
             if tally.predicted is not None:
                 guess = self.tok.recover(tokens.without_source())
                 assert guess.source is not None
                 # Tokens of equal index are the same vector to the decoder.
                 tally.predicted.add(accuracy=(guess.full_index() == tokens.full_index()).double().mean(1))
-                drawn = self._compare(tally.predicted, to_uint8(self.tok.decode(guess)), originals, images)
+                drawn = self._compare(tally.predicted, to_uint8(self.tok.decode(guess)), originals)
                 # Without merging there is nothing to see: the map is the identity.
                 for example, i in zip(shown, picked if k < tokens.num_patches else (), strict=False):
                     example.predicted_index[k] = guess.source.index[i].cpu()
-                    example.predicted[k] = _to_float(drawn[i].cpu())
+                    example.predicted[k] = to_float(drawn[i].cpu())
         self.examples += shown
 
-    def _compare(
-        self,
-        quality: Quality,
-        drawn: UInt8[Tensor, "B 3 H W"],
-        originals: UInt8[Tensor, "B 3 H W"],
-        images: Float[Tensor, "B 3 H W"],
-    ) -> UInt8[Tensor, "B 3 H W"]:
+    def _compare(self, quality: Quality, drawn: Tensor, originals: Tensor) -> Tensor:
         """Adds what `drawn` is worth to `quality`, and returns it."""
-        quality.add(psnr=psnr(drawn, originals))
-        if min(images.shape[-2:]) >= WINDOW:
-            quality.add(ssim=ssim(drawn, originals))
-        if self.perceptual is not None:
-            # A mean over the batch, so that the mean over all images comes out right with one entry an image.
-            mean: Tensor = self.perceptual(_to_float(drawn), images)
-            quality.add(perceptual=mean.reshape(1).expand(len(images)))
-        if self.network is not None:
-            quality.features.update(self.network(drawn))
+        quality.compare(drawn, originals, self.perceptual)
+        quality.look(drawn, self.network)
         return drawn
 
 
-def _to_float(pixels: UInt8[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-    return pixels.float() / 127.5 - 1
+def two_halves(originals: Float[Tensor, "n D"], seed: int) -> Reference:
+    """Returns how far two random halves of a set are apart.
+
+    Args:
+        originals: features, in the order of the data set; at least 4.
+        seed: of the halves.
+    """
+    a, b = map(FeatureSet, halves(originals, seed))
+    return Reference(frechet_distance(a, b), kernel_distance(a, b), len(a.features))
 
 
-def _reference(originals: Float[Tensor, "n D"], seed: int) -> Reference:
-    half = len(originals) // 2
-    order = torch.randperm(len(originals), generator=torch.Generator().manual_seed(seed))
-    a, b = FeatureSet(originals[order[:half]]), FeatureSet(originals[order[half : 2 * half]])
-    return Reference(frechet_distance(a, b), kernel_distance(a, b), half)
+def halves(features: Float[Tensor, "n D"], seed: int) -> tuple[Float[Tensor, "h D"], Float[Tensor, "h D"]]:
+    """Returns two random halves of features, equally many.
+
+    Args:
+        features: one row an image, in the order of the data set.
+        seed: of the halves.
+    """
+    half = len(features) // 2
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
+    return features[order[:half]], features[order[half : 2 * half]]
 
 
 def _notes(
@@ -257,6 +259,12 @@ def _notes(
     return tuple(notes)
 
 
-def _identity(given: str | nn.Module | None, network: nn.Module) -> dict[str, str]:
+def perceptual_facts(given: str | nn.Module | None, network: nn.Module) -> dict[str, str]:
+    """Returns what identifies a perceptual distance in a result.
+
+    Args:
+        given: as the caller named it.
+        network: what that became.
+    """
     name = given if isinstance(given, str) else type(network).__name__
     return {"name": name, "sha256": weights_checksum(network)}

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from mergevq.errors import ShapeError
-from mergevq.evaluation.page import FAINT, INK, OTHER, check_packages, data_uri, photograph, png, render_page
+from mergevq.evaluation.page import FAINT, INK, OTHER, Section, check_packages, data_uri, photograph, png, render_page
 from mergevq.evaluation.result import Example, PredictedSource, ReconstructionReport, ReconstructionRow
 from mergevq.evaluation.token_map import contact_sheet, draw_token_map, to_pil
 
@@ -23,6 +23,7 @@ def render_html(
     title: str = "Reconstruction",
     about: Sequence[str] = (),
     facts: Mapping[str, str] | None = None,
+    sections: Sequence[Section] = (),
 ) -> str:
     """Returns the page: table, rate-distortion plots, originals with reconstructions and token maps, protocol.
 
@@ -31,24 +32,31 @@ def render_html(
         title: heading of the page.
         about: paragraphs below the heading.
         facts: a short table below them, such as what was trained for how long.
+        sections: what follows the pictures, each under a heading of its own.
 
     Raises:
         MissingDependencyError: matplotlib or jinja2 is not installed.
     """
-    return render_page(
-        "report.html.j2",
-        title=title,
-        about=about,
-        facts=facts,
-        summary=report.summary(),
-        table=report.cells(),
-        notes=report.notes,
-        protocol=report.protocol,
-        json_value=report.to_json(),
-        plot=data_uri(rate_distortion_plot(report), "svg+xml"),
-        columns=[view.title for view in _views(report.examples[0])] if report.examples else [],
-        examples=[_pictures(example, report) for example in report.examples],
-    )
+    value = report.to_json()
+    return render_page(title=title, about=about, facts=facts, sections=sections, json_value=value, **content(report))
+
+
+def content(report: ReconstructionReport) -> dict[str, Any]:
+    """Returns what a page or a section of it shows: arguments of `render_page` and `render_section`.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    return {
+        "template": "report.html.j2",
+        "summary": report.summary(),
+        "table": report.cells(),
+        "notes": report.notes,
+        "protocol": report.protocol,
+        "plot": data_uri(rate_distortion_plot(report), "svg+xml"),
+        "columns": [view.title for view in _views(report.examples[0])] if report.examples else [],
+        "examples": [_pictures(example, report) for example in report.examples],
+    }
 
 
 def rate_distortion_plot(report: ReconstructionReport) -> bytes:

@@ -16,7 +16,7 @@ from mergevq.errors import ConfigError
 from mergevq.evaluation.feature_cache import FeatureCache
 from mergevq.evaluation.generation_pass import evaluation_mode, warning_once
 from mergevq.evaluation.processes import Processes, shared_processes
-from mergevq.evaluation.protocol import hardware, versions
+from mergevq.evaluation.protocol import PREPARATION, hardware, precision, versions
 from mergevq.evaluation.representation_data import check_enough, probe_images
 from mergevq.evaluation.representation_notes import representation_notes
 from mergevq.evaluation.representation_plan import (
@@ -167,7 +167,8 @@ def evaluate_representation(
         "test": data_facts(train if test is None else test, second, lost["test"]),
         "train_and_test": division(first, second),
         "image_size": side,
-        "preparation": "short side resized (bicubic, antialiased), centre crop",
+        "preparation": PREPARATION,
+        "rounding": "images are bytes; features are not rounded",
         "view": "one, as cropped; no augmentation",
         "num_patches": patches,
         "features": {
@@ -176,7 +177,7 @@ def evaluate_representation(
             "mean of codes": "codes -1/+1 after quantization, weighted by token size",
         },
         "encoders": {name: source.facts() for name, source in sources.items()},
-        "precision": "float32",
+        "precision": precision(place),
         **probe_facts(probes, choose_ks(probes, len(labels["train"])), choose_shots(probes, int(counted.min()))),
         "seed": seed,
         "batch_size": batch_size,

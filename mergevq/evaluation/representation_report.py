@@ -36,31 +36,39 @@ def render_representation(
     Raises:
         MissingDependencyError: matplotlib or jinja2 is not installed.
     """
-    check_packages()
-    drawn = bool(report.pictures)
+    return render_page(title=title, about=about, facts=facts, json_value=report.to_json(), **content(report))
+
+
+def content(report: RepresentationReport, *, pictures: bool = True) -> dict[str, Any]:
+    """Returns what a page or a section of it shows: arguments of `render_page` and `render_section`.
+
+    Args:
+        report: what was measured.
+        pictures: draw them; otherwise there is the table alone.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
     best = report.rows[report.chosen]
     probe, score = headline(best)
-    confused = () if score is None else score.confused
-    curves = tokens_plot(report)
-    return render_page(
-        "representation.html.j2",
-        title=title,
-        about=about,
-        facts=facts,
-        summary=report.summary(),
-        table=report.cells(),
-        notes=report.notes,
-        protocol=report.protocol,
-        json_value=report.to_json(),
-        accuracies=None if score is None else data_uri(accuracy_plot(report), "svg+xml"),
-        curves=None if curves is None else data_uri(curves, "svg+xml"),
-        projections=data_uri(projection_picture(report), "png") if drawn else None,
-        best=best.name,
-        probe=f"{probe[0].upper()}{probe[1:]}" if probe != "k-NN" else probe,
-        confusion=data_uri(confusion_picture(report), "png") if drawn and score is not None else None,
-        confused=[(report.classes[true], report.classes[answer], count) for true, answer, count in confused],
-        by_class=None if score is None else data_uri(class_plot(report), "svg+xml"),
-    )
+    scored, drawn = score is not None and pictures, bool(report.pictures) and pictures
+    confused = score.confused if score is not None and pictures else ()
+    curves = tokens_plot(report) if pictures else None
+    return {
+        "template": "representation.html.j2",
+        "summary": report.summary(),
+        "table": report.cells(),
+        "notes": report.notes,
+        "protocol": report.protocol,
+        "accuracies": data_uri(accuracy_plot(report), "svg+xml") if scored else None,
+        "curves": None if curves is None else data_uri(curves, "svg+xml"),
+        "projections": data_uri(projection_picture(report), "png") if drawn else None,
+        "best": best.name,
+        "probe": f"{probe[0].upper()}{probe[1:]}" if probe != "k-NN" else probe,
+        "confusion": data_uri(confusion_picture(report), "png") if drawn and scored else None,
+        "confused": [(report.classes[true], report.classes[answer], count) for true, answer, count in confused],
+        "by_class": data_uri(class_plot(report), "svg+xml") if scored else None,
+    }
 
 
 def headline(row: RepresentationRow) -> tuple[str, ProbeScore | None]:

@@ -12,6 +12,7 @@ from rich.text import Text
 from torch import Tensor
 
 from mergevq.evaluation.feature_sources import FeatureSetting
+from mergevq.evaluation.schema import reading
 from mergevq.metrics.few_shot import FewShot
 from mergevq.metrics.linear_probe import Tried
 
@@ -173,6 +174,27 @@ class RepresentationReport:
             "notes": list(self.notes),
             "seconds": self.seconds,
         }
+
+    @staticmethod
+    def from_json(value: Any, source: str = "the result") -> "RepresentationReport":
+        """Returns the report that became these JSON values, without its pictures.
+
+        Args:
+            value: from `to_json`.
+            source: what to call it in messages: its file.
+
+        Raises:
+            CheckpointError: it is no such result, or one of another version.
+        """
+        with reading(value, SCHEMA, source) as found:
+            return RepresentationReport(
+                rows=tuple(map(RepresentationRow.from_json, found["rows"])),
+                classes=tuple(found["classes"]),
+                reference=found["reference"],
+                protocol=found["protocol"],
+                notes=tuple(found["notes"]),
+                seconds=found["seconds"],
+            )
 
     def table(self) -> Table:
         """Returns a line for each kind of features, for a terminal: accuracies and k, not the other settings."""

@@ -1,7 +1,7 @@
 """The result of measuring reconstruction: numbers with how they came about, as a value, a table, JSON and HTML."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
+
+from mergevq.evaluation.schema import reading
 
 SCHEMA = "mergevq.reconstruction/1"
 
@@ -22,6 +24,12 @@ class Spread:
     mean: float
     std: float
     """Standard deviation between images (population); 0 for one image."""
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> "Spread":
+        """Returns the spread that became these JSON values; JSON has no word for the infinite PSNR of copies."""
+        mean, std = value["mean"], value["std"]
+        return Spread(math.inf if mean is None else mean, math.nan if std is None else std)
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,11 @@ class PredictedSource:
     perceptual: float | None
     frechet: float | None
     kernel: float | None
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> "PredictedSource":
+        """Returns what became these JSON values."""
+        return PredictedSource(**{**value, **_spreads(value)})
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,14 @@ class ReconstructionRow:
     def bits(self) -> float:
         """Bits for an image, indices and source map together, without file overhead."""
         return self.bits_index + self.bits_source
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> "ReconstructionRow":
+        """Returns the row that became these JSON values."""
+        fields = {name: entry for name, entry in value.items() if name != "bits"}
+        predicted = None if value["predicted"] is None else PredictedSource.from_json(value["predicted"])
+        fields |= {"predicted": predicted, "bit_balance": tuple(value["bit_balance"])}
+        return ReconstructionRow(**{**fields, **_spreads(value)})
 
 
 @dataclass(frozen=True)
@@ -134,6 +155,27 @@ class ReconstructionReport:
             "reference": None if self.reference is None else asdict(self.reference),
             "notes": list(self.notes),
         }
+
+    @staticmethod
+    def from_json(value: Any, source: str = "the result") -> "ReconstructionReport":
+        """Returns the report that became these JSON values, without its examples.
+
+        Args:
+            value: from `to_json`.
+            source: what to call it in messages: its file.
+
+        Raises:
+            CheckpointError: it is no such result, or one of another version.
+        """
+        with reading(value, SCHEMA, source) as found:
+            patches = math.isqrt(found["protocol"]["num_patches"])
+            return ReconstructionReport(
+                rows=tuple(map(ReconstructionRow.from_json, found["rows"])),
+                reference=None if found["reference"] is None else Reference(**found["reference"]),
+                protocol=found["protocol"],
+                notes=tuple(found["notes"]),
+                grid=(patches, patches),
+            )
 
     def table(self) -> Table:
         """Returns a column for each K, for a terminal."""
@@ -201,6 +243,10 @@ class ReconstructionReport:
         with console.capture() as capture:
             console.print(self.table())
         return capture.get().rstrip()
+
+
+def _spreads(value: Mapping[str, Any]) -> dict[str, Spread | None]:
+    return {name: None if value[name] is None else Spread.from_json(value[name]) for name in ("psnr", "ssim")}
 
 
 def _name(network: dict[str, str] | None) -> str:

@@ -3,11 +3,14 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
 
 from mergevq.evaluation.result import PredictedSource, ReconstructionRow, Spread
 from mergevq.metrics.codebook import CodebookUsage
 from mergevq.metrics.distribution import FeatureSet, FeatureStore, frechet_distance, kernel_distance
+from mergevq.metrics.features import FeatureNetwork
+from mergevq.metrics.image import WINDOW, psnr, ssim
 
 
 class Quality:
@@ -22,6 +25,29 @@ class Quality:
         """Adds named numbers of some images, one an image."""
         for name, value in values.items():
             self.values.setdefault(name, []).append(value.detach().cpu().double())
+
+    def compare(
+        self, drawn: UInt8[Tensor, "B 3 H W"], originals: UInt8[Tensor, "B 3 H W"], perceptual: nn.Module | None
+    ) -> None:
+        """Adds what `drawn` is worth beside `originals`, image by image.
+
+        Args:
+            drawn: bytes.
+            originals: bytes.
+            perceptual: a distance of (image, image); None leaves it out.
+        """
+        self.add(psnr=psnr(drawn, originals))
+        if min(originals.shape[-2:]) >= WINDOW:
+            self.add(ssim=ssim(drawn, originals))
+        if perceptual is not None:
+            # A mean over the batch, so that the mean over all images comes out right with one entry an image.
+            mean: Tensor = perceptual(to_float(drawn), to_float(originals))
+            self.add(perceptual=mean.reshape(1).expand(len(originals)))
+
+    def look(self, drawn: UInt8[Tensor, "B 3 H W"], network: FeatureNetwork | None) -> None:
+        """Adds the features of images; without a network there are none."""
+        if network is not None:
+            self.features.update(network(drawn))
 
     def mean(self, name: str) -> float:
         """Returns the mean over all images."""
@@ -80,3 +106,8 @@ class Tally:
             decode_per_second=images / sum(decode for _, _, decode in timed),
             predicted=predicted,
         )
+
+
+def to_float(pixels: UInt8[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """Returns bytes as numbers in [-1, 1]."""
+    return pixels.float() / 127.5 - 1

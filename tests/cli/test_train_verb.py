@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from mergevq import presets
-from mergevq.cli import demo_generation
+from mergevq.cli import demo_generation, demo_representation
 from mergevq.cli.main import main
 from mergevq.cli.options import progress
 from mergevq.data.embedded import EmbeddedImages
@@ -124,6 +124,8 @@ def test_the_demo_trains_round_trips_measures_and_reports(
     monkeypatch.setattr(demo_generation, "_LIVE_IMAGES", 2)
     monkeypatch.setattr("mergevq.model_files.shipped_roles", lambda _: ())
     monkeypatch.setattr(demo_generation, "_images", lambda part: EmbeddedImages(part).select(range(0, 299, 50)))
+    monkeypatch.setattr(demo_representation, "_TRAIN", 45)
+    monkeypatch.setattr(demo_representation, "_TEST", 18)
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--images", "4", "--minutes", "5"]) == 0
     printed = capsys.readouterr().out
@@ -141,6 +143,15 @@ def test_the_demo_trains_round_trips_measures_and_reports(
         assert f"9 images of {k} tokens in {(out / f'held_out_{k}.mvq').stat().st_size:,} bytes" in page
     # The plot; for nine images the original, three reconstructions, and maps at two K: at 256 nothing was merged.
     assert page.count("<img ") == 1 + 9 * (1 + 3 + 2)
+    probed = json.loads((out / "representation.json").read_text())
+    assert probed["protocol"]["encoders"]["tokenizer"]["fingerprint"] == tok.fingerprint()
+    names = [row["name"] for row in probed["rows"]]
+    assert {"class token, K = 256", "random weights, mean of tokens, K = 256", "pixels, 16 x 16"} <= set(names)
+    assert probed["rows"][0]["linear"] is None
+    for name, row in zip(names, probed["rows"], strict=True):  # The table is in the report, its pictures beside it.
+        assert name in page and f"{100 * row['knn']['score']['top1']:.1f} ± " in page
+    assert (out / "representation.html").read_text().count("<img ") >= 3
+
     with Image.open(out / "report.png") as picture:
         assert picture.width > 6 * 136 and picture.height > 9 * 136
 
