@@ -10,7 +10,7 @@ from mergevq import presets
 from mergevq.cli.options import Advance
 
 SHIPPED = "emoji_64"
-_GUIDANCE = 2.0
+_GUIDANCE, _TEMPERATURE = 2.0, 0.9
 _SHIPPED_IMAGES, _LIVE_IMAGES = 36, 18
 _LIVE_COUNTS = (64, 144)  # K of the tokens that the live generator is trained on.
 
@@ -24,6 +24,7 @@ def generate_with(gen: Any, tok: Any, out: Path, progress: Progress) -> dict[str
     the full cache and the merge cache cost for the same images.
     """
     from mergevq.evaluation.generation import evaluate_generation
+    from mergevq.sampling import SamplingOptions
 
     real, known = _images("val"), _images("train")
     with progress("generate", len(real) + len(known) + 2 * _SHIPPED_IMAGES) as advance:
@@ -33,6 +34,7 @@ def generate_with(gen: Any, tok: Any, out: Path, progress: Progress) -> dict[str
             real,
             num_images=_SHIPPED_IMAGES,
             guidance=_GUIDANCE,
+            sampling=SamplingOptions(temperature=_TEMPERATURE),
             cache=("full", "merge"),
             network=None,
             neighbours=known,
@@ -70,6 +72,7 @@ def train_and_generate(out: Path, tok: Any, minutes: float, progress: Progress) 
     from mergevq.data.cache_writer import write_token_cache
     from mergevq.evaluation.generation import evaluate_generation
     from mergevq.generator.raster import MergeAR
+    from mergevq.sampling import SamplingOptions
     from mergevq.training.generator import train_generator
 
     caches = {}
@@ -92,6 +95,7 @@ def train_and_generate(out: Path, tok: Any, minutes: float, progress: Progress) 
             real,
             num_images=_LIVE_IMAGES,
             guidance=_GUIDANCE,
+            sampling=SamplingOptions(temperature=_TEMPERATURE),
             network=None,
             neighbour_limit=0,
             shown=_LIVE_IMAGES,
