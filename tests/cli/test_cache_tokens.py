@@ -139,7 +139,7 @@ def test_bad_input_gives_one_line_and_changes_nothing(
         assert run("photos -o done --model model.safetensors") == 0
     if "-o begun" in words:
         with monkeypatch.context() as patch:
-            patch.setattr("mergevq.data.cache_writer._finish", interrupt)
+            patch.setattr("mergevq.data.shard_writer._finish", interrupt)
             assert run("photos -o begun --model model.safetensors --num-tokens 20") == 130
     labels = [f"train/{'ab'[i % 2]}/{i}.png,x" for i in range(6)] + [f"val/{'ab'[i % 2]}/{i}.png,x" for i in (6, 7, 8)]
     Path("few.csv").write_text(labels[0])

@@ -95,7 +95,7 @@ BAD = {
     "nothing there": (VERB.replace("photos", "nowhere"), "nowhere"),
     "K": (f"{VERB} --num-tokens 65", "1..64"),
     "tokenizer": (VERB.replace("tok.saf", "no.saf"), "no.safetensors"),
-    "generator of another": (f"{VERB} --generator emoji_64", "emoji_64"),
+    "generator of another": (f"{VERB} --generator emoji_64", "expected a tokenizer of grid 16x16 and 12 bits"),
     "limit": (f"{VERB} --limit 0", "at least 1 image, got 0"),
     "no devices": (f"{VERB} --devices 0", "--devices to be at least 1"),
     "teacher": (f"{VERB} --size 48 --teacher lite00", "lite00"),
