@@ -72,7 +72,7 @@ def test_dry_run_shows_what_the_tokens_decide(
     words = ["train", "generator", "--preset", "emoji_64", "--out", str(tmp_path / "run"), "--dry-run"]
     assert main([*words, "--optim.lr", "2e-4"]) == 0
     out = capsys.readouterr().out
-    assert "optim.lr = 0.0002 (preset 0.001)" in out
+    assert "optim.lr = 0.0002 (preset 0.0015)" in out
     assert f"{count_parameters(presets.generator('emoji_64'))['generator']:,}  generator" in out
     assert main([*words, *tokens]) == 0
     out = capsys.readouterr().out
