@@ -129,6 +129,12 @@ def train(
     run = replace(
         preset,
         model=replace(preset.model, mask=mask),
+        # The preset's are for ten times as long: averages would still hold the beginning.
+        optim=replace(
+            preset.optim,
+            warmup_steps=min(preset.optim.warmup_steps, options.steps // 10),
+            ema_decay=min(preset.optim.ema_decay, max(0.0, 1 - 20 / options.steps)),
+        ),
         loop=replace(
             preset.loop,
             steps=options.steps,
