@@ -7,19 +7,21 @@ import torch
 from mergevq.errors import ConfigError
 
 
-def has_amx() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (Intel AMX). Others do it slower than float32."""
+def has_fast_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 numbers in hardware: with AMX, or with AVX-512 BF16, which trains these
+    networks 1.2 to 1.5 times as fast as float32 (LOG.md). Others emulate it.
+    """
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux
         return False
-    return "amx_bf16" in flags
+    return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
 def choose_dtype(precision: str, device: torch.device) -> tuple[torch.dtype, str]:
     """Returns the arithmetic of the networks on `device`, and a notice if it is not what was asked for (else "").
 
-    bf16 is used on GPUs that have it and on CPUs with AMX, and is float32 elsewhere. Weights are float32 in both cases.
+    bf16 is used on GPUs and CPUs that have it, and is float32 elsewhere. Weights are float32 in both cases.
 
     Raises:
         ConfigError: `precision` is not "float32" or "bf16". Half precision (fp16) needs a gradient scaler, and one
@@ -36,9 +38,9 @@ def choose_dtype(precision: str, device: torch.device) -> tuple[torch.dtype, str
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, ""
         return torch.float32, "this GPU has no bf16 arithmetic: training in float32"
-    if device.type == "cpu" and has_amx():
+    if device.type == "cpu" and has_fast_bf16():
         return torch.bfloat16, ""
-    return torch.float32, f"this {device.type.upper()} has no fast bf16 arithmetic (AMX): training in float32"
+    return torch.float32, f"this {device.type.upper()} has no fast bf16 arithmetic: training in float32"
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -271,7 +271,7 @@ def test_nan_stops_before_anything_changes_and_is_named(fabric, tiny_run, teache
 
 
 def test_bf16_leaves_weights_losses_and_images_in_float32(fabric, tiny_run, perceptual, teacher, batch, monkeypatch):
-    monkeypatch.setattr("mergevq.training.precision.has_amx", lambda: True)
+    monkeypatch.setattr("mergevq.training.precision.has_fast_bf16", lambda: True)
     run = changed(tiny_run, loop={"precision": "bf16"})
     state = build_state(fabric, run, perceptual, teacher)
     seen = {}
@@ -291,7 +291,7 @@ def test_bf16_leaves_weights_losses_and_images_in_float32(fabric, tiny_run, perc
 
 
 def test_bf16_without_the_hardware_is_float32_with_one_notice(monkeypatch):
-    monkeypatch.setattr("mergevq.training.precision.has_amx", lambda: False)
+    monkeypatch.setattr("mergevq.training.precision.has_fast_bf16", lambda: False)
     dtype, notice = choose_dtype("bf16", torch.device("cpu"))
     assert dtype == torch.float32
     assert "float32" in notice and "\n" not in notice
