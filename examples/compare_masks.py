@@ -35,6 +35,7 @@ def rules(columns: int) -> dict[str, MaskConfig]:
         "R = 8": MaskConfig(recent=8),
         f"R = {columns}, one row of the grid": MaskConfig(recent=columns),
         "keep last": MaskConfig(keep="last"),
+        f"R = {columns}, keep last": MaskConfig(recent=columns, keep="last"),
         "proportional": MaskConfig(proportional=True),
         "duplicates by source": MaskConfig(duplicate="source"),
     }
