@@ -29,7 +29,7 @@ from mergevq.training.generator_config import GeneratorRun
 def rules(columns: int) -> dict[str, MaskConfig]:
     """The rules that are compared; `columns` is the width of the patch grid."""
     return {
-        "R = 2, first (default)": MaskConfig(),
+        "R = 2, first (paper)": MaskConfig(),
         "plain causal": MaskConfig(recent=None),
         "R = 1": MaskConfig(recent=1),
         "R = 8": MaskConfig(recent=8),

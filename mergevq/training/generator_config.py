@@ -114,7 +114,8 @@ class TokenFacts(NamedTuple):
 def fit_model(run: GeneratorRun, facts: TokenFacts | Any) -> GeneratorRun:
     """Returns the run with everything filled in that its tokens decide; a run fitted before is returned as it is.
 
-    Bit groups that are the usual ones for the run's bits become the usual ones for the tokens'.
+    Bit groups that are the usual ones for the run's bits become the usual ones for the tokens', and a mask's window of
+    one row of the run's grid becomes a row of the tokens' grid.
 
     Args:
         run: what is asked for.
@@ -145,8 +146,12 @@ def fit_model(run: GeneratorRun, facts: TokenFacts | Any) -> GeneratorRun:
     drawn = sorted(k for k, p in zip(counts, probs, strict=True) if p > 0)
     check_num_tokens("loop.num_tokens", counts, facts.grid[0] * facts.grid[1])
     own = model.num_tokens if drawn[0] <= model.num_tokens <= drawn[-1] else drawn[len(drawn) // 2]
+    mask = model.mask
+    if mask.recent == model.grid[1]:
+        mask = replace(mask, recent=facts.grid[1])
     model = replace(
         model,
+        mask=mask,
         grid=facts.grid,
         num_bits=facts.num_bits,
         groups=groups,

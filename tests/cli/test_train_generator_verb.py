@@ -78,9 +78,10 @@ def test_dry_run_shows_what_the_tokens_decide(
     out = capsys.readouterr().out
     assert "model.grid = [8, 8] (preset [16, 16])" in out and "model.num_bits = 6 (preset 12)" in out
     assert "loop.num_tokens = [10, 20] (preset [])" in out
+    assert "model.mask.recent = 8 (preset 16)" in out, "a row stays a row"
     assert main([*words, *tokens, "--model.groups", "2,4", "--model.mask.recent", "None"]) == 0
     out = capsys.readouterr().out
-    assert "model.groups = [2, 4] (preset [6, 6])" in out and "model.mask.recent = None (preset 2)" in out
+    assert "model.groups = [2, 4] (preset [6, 6])" in out and "model.mask.recent = None (preset 16)" in out
     assert not (tmp_path / "run").exists()
 
 

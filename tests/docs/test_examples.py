@@ -117,11 +117,11 @@ def test_compare_masks_trains_each_rule_once(
 ) -> None:
     out = tmp_path / "masks"
     words = ("--tokenizer", model_file, "--num-tokens", "20,10", "--preset", "tiny", "--steps", 2, "--batch-size", 2)
-    words = (*words, "--seeds", 2, "--only", "default,last,plain", "--images", 4, "--out", out)
+    words = (*words, "--seeds", 2, "--only", "paper,keep last,plain", "--images", 4, "--out", out)
     run_example("compare_masks.py", *words)
     first = capsys.readouterr().out
     rows = {row["rule"]: row for row in json.loads((out / "masks.json").read_text())["rows"]}
-    assert set(rows) == {"R = 2, first (default)", "keep last", "plain causal"}
+    assert set(rows) == {"R = 2, first (paper)", "keep last", "R = 4, keep last", "plain causal"}
     assert sorted(row["seeds"] for row in rows.values()) == [1, 2, 2]
     assert rows["plain causal"]["keys seen"] == 1.0 > rows["keep last"]["keys seen"]
     run_example("compare_masks.py", *words)  # All runs are finished: they are read.

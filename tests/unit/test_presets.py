@@ -95,7 +95,7 @@ def test_every_generator_preset_builds(name: str) -> None:
         assert 2 * size < 11_800_000, "less than 12 MB in half precision"
     if name.startswith("s_64"):
         assert 2_000_000 < size < 2_500_000
-    assert run.model.mask == MaskConfig(recent=2)
+    assert run.model.mask == MaskConfig(recent=run.model.grid[1]), "a row is in sight"
     assert run.loop.num_tokens == (), "all that the tokens have"
 
 
