@@ -6,7 +6,8 @@ import math
 import operator
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _MAX_BATCH = 64
 _CPU_CACHE_BYTES = 2**30
+_MOST_GRAPHS = 2**16  # As good as no limit, but a number.
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,27 @@ def compiled(step: Callable[..., Any], device: torch.device) -> Callable[..., An
                 "or leave compile off"
             )
     return torch.compile(step, fullgraph=True)
+
+
+@contextmanager
+def many_graphs(wanted: bool) -> Iterator[None]:
+    """Lets a compiled step have as many graphs as it is asked for; stands around the calls, which compile.
+
+    torch counts the graphs of a function over all of a process: each model, cache, branch count, dtype and set of
+    filters takes some, and where one graph is demanded the ninth is an error.
+
+    Args:
+        wanted: whether anything is compiled; False does nothing.
+    """
+    if not wanted:
+        yield
+        return
+    import torch._dynamo  # Takes a second, and only compiling needs it.
+
+    config = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # torch 2.6
+    with config.patch({limit: _MOST_GRAPHS, f"accumulated_{limit}": _MOST_GRAPHS}):
+        yield
 
 
 def default_batch_size(config: GeneratorConfig, branches: int, device: torch.device, item_bytes: int = 4) -> int:

@@ -17,6 +17,7 @@ from mergevq.generator.generate import (
     compiled,
     default_batch_size,
     in_batches,
+    many_graphs,
     non_finite,
     resolve_request,
 )
@@ -197,7 +198,7 @@ class MergeAR(Generator):
         scales = torch.tensor(
             [options.scales(len(config.groups), t / max(1, config.num_patches - 1)) for t in range(config.num_patches)]
         )
-        with self.sampling_mode(dtype) as transformer:
+        with self.sampling_mode(dtype) as transformer, many_graphs(compile):
             return in_batches(
                 request, batch_size, lambda part: _sample_batch(transformer, part, plan, scales), on_images
             )
