@@ -179,7 +179,7 @@ def next_group(
         slots: where.
         uniforms: noise of each draw.
         scales: guidance of each bit group.
-        total: receives the sum of all logits, which is not finite if one of them is not.
+        total: receives the sum of all guided logits, which is not finite if one of them is not.
         groups: how each bit group is sampled, but for guidance.
     """
     images, count = uniforms.shape[:2]
@@ -188,10 +188,10 @@ def next_group(
 
     def choose(group: int, logits: Tensor) -> Tensor:
         logits = logits.float()
-        total.add_(logits.sum())
         if guided:
             conditional, unconditional = logits.chunk(2)
             logits = guide(conditional, unconditional, scales[group])
+        total.add_(logits.sum())
         how = groups[group]
         return draw(filter_logits(logits, how.temperature, how.top_k, how.top_p), uniforms[:, :, group].flatten())
 

@@ -219,7 +219,7 @@ class Batch(NamedTuple):
     scales: Float[Tensor, "L G"]
     """Guidance."""
     total: Float[Tensor, ""]
-    """Sum of all logits so far, which is not finite if one of them was not: looked at once, at the end."""
+    """Sum of all guided logits so far, which is not finite if one of them was not: looked at once, at the end."""
 
 
 @dataclass(frozen=True)
@@ -332,10 +332,10 @@ def draw_token(
 
     def choose(group: int, logits: Tensor) -> Tensor:
         logits = logits.float()
-        batch.total.add_(logits.sum())
         if guided:
             conditional, unconditional = logits.chunk(2)
             logits = guide(conditional, unconditional, scale[group])
+        batch.total.add_(logits.sum())
         how = groups[group]
         return draw(filter_logits(logits, how.temperature, how.top_k, how.top_p), uniform[:, group])
 

@@ -1,5 +1,6 @@
 """Random order: what a token sees in training, how many each step samples, and generation as a user meets it."""
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -314,6 +315,16 @@ def test_damaged_weights_are_noticed(model: RandomAR) -> None:
     damaged.rank_instruction.vector.data[0] = torch.nan
     with pytest.raises(ShapeError, match="expected finite numbers in the logits, got NaN"):
         damaged.generate(num_images=2, steps=2)
+
+
+def test_numbers_that_only_guidance_makes_infinite_are_noticed(model: RandomAR) -> None:
+    large = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in large.transformer.heads.parameters():
+            parameter.mul_(1e34)
+    large.generate([0], steps=2, seeds=[1])
+    with pytest.raises(ShapeError, match="finite numbers in the logits, got NaN or infinity"):
+        large.generate([0], steps=2, seeds=[1], guidance=1e6)
 
 
 # ------------------------------------------------------------------------------------------------------------- learning

@@ -263,6 +263,16 @@ def test_damaged_weights_are_noticed_although_some_token_comes_out() -> None:
             model.generate([0], seeds=[1])
 
 
+def test_numbers_that_only_guidance_makes_infinite_are_noticed() -> None:
+    model = randomised()
+    with torch.no_grad():
+        for parameter in model.transformer.heads.parameters():
+            parameter.mul_(1e34)
+    model.generate([0], seeds=[1])
+    with pytest.raises(ShapeError, match="finite numbers in the logits, got NaN or infinity"):
+        model.generate([0], seeds=[1], guidance=1e6)
+
+
 def test_the_default_batch_fits_the_stated_memory() -> None:
     assert default_batch_size(CONFIG, 2, torch.device("cpu")) == 64
     large = GeneratorConfig(width=1024, depth=24, heads=16)

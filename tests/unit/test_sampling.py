@@ -249,6 +249,7 @@ def test_one_value_is_given_to_all_groups_and_many_to_each() -> None:
         ({"top_p": math.nan}, "top_p"),
         ({"guidance": -1}, "guidance of at least 0"),
         ({"guidance": (1.0, math.nan)}, "guidance"),
+        ({"guidance": 1e39}, r"at most 1e\+06, got 1e\+39"),
         ({"guidance": (1.0, 1.0, 1.0)}, "one for each of the 2 bit groups, got 3"),
         ({"temperature": ()}, "got 0"),
         ({"schedule": "stepwise"}, "power_cosine"),
