@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mergevq.configuration import check_seed
 from mergevq.data.folder import ImageFolder
 from mergevq.data.sources import evaluation_images, training_images
 from mergevq.errors import CheckpointError, ConfigError
@@ -100,6 +101,7 @@ def evaluate_generation(
     """
     config = generator.config
     check_models(generator, tok)
+    check_seed(seed)
     sampling = sampling or SamplingOptions()
     settings = all_settings(config, guidance, num_tokens, cache, steps)
     for setting in settings:

@@ -6,7 +6,7 @@ import math
 import operator
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 import torch
 
+from mergevq.configuration import check_seed
 from mergevq.errors import CheckpointError, ConfigError, MissingDependencyError, ShapeError
 from mergevq.files import read_header
 from mergevq.generator.config import GeneratorConfig
@@ -97,7 +98,8 @@ def resolve_request(
         seeds: the seeds themselves.
 
     Raises:
-        ConfigError: a class is unknown, a K is outside 1..L, or the numbers of classes, images, K and seeds differ.
+        ConfigError: a class is unknown, a K is outside 1..L, a seed has more than 64 bits, one of these is no whole
+            number, or the numbers of classes, images, K and seeds differ.
     """
     if classes is None:
         count = 1 if num_images is None else num_images
@@ -111,12 +113,15 @@ def resolve_request(
         raise ConfigError("expected at least one image to generate, got none")
     kept = resolve_num_tokens(num_tokens, count, config)
     if seeds is None:
-        seeds = image_seeds(rng, count)
-    elif rng is not None:
+        return Request(tuple(numbers), tuple(kept), tuple(image_seeds(rng, count)))
+    if rng is not None:
         raise ConfigError("expected rng or seeds, got both: rng would only make seeds")
-    elif len(seeds) != count:
-        raise ConfigError(f"expected {count} seeds, one an image, got {len(seeds)}")
-    return Request(tuple(numbers), tuple(kept), tuple(seeds))
+    if _is_one(seeds):
+        raise ConfigError(f"expected a list of seeds, one an image, got {seeds!r}: put it in brackets")
+    given = tuple(check_seed(seed) for seed in seeds)
+    if len(given) != count:
+        raise ConfigError(f"expected {count} seeds, one an image, got {len(given)}")
+    return Request(tuple(numbers), tuple(kept), given)
 
 
 def resolve_classes(classes: Sequence[int | str], config: GeneratorConfig) -> list[int]:
@@ -161,8 +166,9 @@ def resolve_num_tokens(num_tokens: int | Sequence[int] | None, count: int, confi
     """
     if num_tokens is None:
         num_tokens = config.num_tokens
+    given: Any = [num_tokens] * count if _is_one(num_tokens) else num_tokens
     try:
-        kept = [num_tokens] * count if isinstance(num_tokens, int) else [operator.index(k) for k in num_tokens]
+        kept = [operator.index(k) for k in given]
     except TypeError:
         raise ConfigError(f"expected num_tokens of whole numbers, got {num_tokens!r}") from None
     if len(kept) != count:
@@ -180,6 +186,11 @@ def resolve_num_tokens(num_tokens: int | Sequence[int] | None, count: int, confi
             min(high, config.num_patches),
         )
     return kept
+
+
+def _is_one(numbers: Any) -> bool:
+    """Whether something is one number, also one of numpy or torch, and not several."""
+    return not isinstance(numbers, Iterable) or getattr(numbers, "ndim", 1) == 0
 
 
 def check_pair(config: GeneratorConfig, *, grid: tuple[int, int] | None, num_bits: int, tokenizer: str | None) -> None:

@@ -210,3 +210,12 @@ def test_models_that_do_not_belong_together_are_refused(generators, tiny_tokeniz
     assert run(tmp_path / "out", str(other), str(other)) == 2
     assert "generator" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_seed_that_torch_cannot_take_leaves_no_trace(
+    generators: dict[str, str], tokenizer_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run(out, generators["raster"], tokenizer_file, "--seed", "9" * 23) == 2
+    assert f"expected --seed of at most 64 bits, got {'9' * 23}" in capsys.readouterr().err
+    assert not out.exists()

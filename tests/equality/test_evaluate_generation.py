@@ -410,6 +410,7 @@ def test_bad_input_is_refused_before_anything_runs(tiny_tokenizer: MergeVQ, data
     refused(ConfigError, "limit of at least 1 and .* got 0 and None", limit=0)
     refused(ConfigError, "got -3 and 0", limit=-3, neighbour_limit=0)
     refused(ConfigError, "got None and -1", neighbour_limit=-1)
+    refused(ConfigError, "a seed of at most 64 bits", seed=2**64)
     refused(ConfigError, "guidance of at least 0", guidance=(1, -2))
     refused(ConfigError, "none twice", guidance=(1, 1.0))
     refused(ConfigError, "at least one setting", guidance=())

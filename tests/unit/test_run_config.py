@@ -35,6 +35,7 @@ def test_a_loss_of_weight_0_takes_its_module_away() -> None:
         ("optim", {"schedule": "cosin"}, "did you mean cosine"),
         ("optim", {"ema_decay": 1.5}, "optim.ema_decay"),
         ("loop", {"steps": 0}, "loop.steps must be at least 1"),
+        ("loop", {"seed": 2**64}, "loop.seed of at most 64 bits"),
         ("loop", {"minutes": -1.0}, "loop.minutes must be at least 0"),
         ("loop", {"num_tokens": (300,)}, "1..256"),
         ("loop", {"num_tokens": ()}, "at least one entry"),
