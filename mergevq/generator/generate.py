@@ -5,6 +5,7 @@ import logging
 import math
 import operator
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -125,7 +126,7 @@ def resolve_request(
 
 
 def resolve_classes(classes: Sequence[int | str], config: GeneratorConfig) -> list[int]:
-    """Returns the numbers of classes given by number or name.
+    """Returns the numbers of classes given by number or name; a word is a number only if no class has that name.
 
     Raises:
         ConfigError: one is unknown; the message has the nearest names.
@@ -134,13 +135,18 @@ def resolve_classes(classes: Sequence[int | str], config: GeneratorConfig) -> li
         raise ConfigError(f"expected a list of classes, one an image, got {classes!r}: put it in brackets")
     if config.num_classes == 0 and len(classes):
         raise ConfigError("expected no classes for this unconditional generator: leave them out")
-    return [_class_number(name, config) for name in classes]
+    # Of equal names the first counts.
+    words = {word.casefold(): number for number, word in reversed([*enumerate(config.class_names)])}
+    return [_class_number(name, words, config) for name in classes]
 
 
-def _class_number(name: int | str, config: GeneratorConfig) -> int:
-    if not isinstance(name, str):
+def _class_number(name: int | str, words: dict[str, int], config: GeneratorConfig) -> int:
+    if isinstance(name, str) and name.casefold() in words:
+        return words[name.casefold()]
+    if not isinstance(name, str) or re.fullmatch("-?[0-9]{1,9}", name):
         try:
-            number = operator.index(name)  # Also of numpy and torch; 1.7 is no class.
+            # Also of numpy and torch; 1.7 is no class.
+            number = int(name) if isinstance(name, str) else operator.index(name)
         except TypeError:
             raise ConfigError(f"expected classes that are whole numbers or names, got {name!r}") from None
         if not 0 <= number < config.num_classes:
@@ -150,12 +156,9 @@ def _class_number(name: int | str, config: GeneratorConfig) -> int:
         raise ConfigError(
             f"expected a class number 0..{config.num_classes - 1}, got {name!r}: this generator knows no names"
         )
-    words = {word.casefold(): number for number, word in reversed([*enumerate(config.class_names)])}
-    if name.casefold() not in words:
-        near = difflib.get_close_matches(name.casefold(), words, n=3, cutoff=0.5)
-        some = [config.class_names[words[word]] for word in near] or config.class_names[:5]
-        raise ConfigError(f"expected a class such as {', '.join(some)}, got {name!r}, which this generator never saw")
-    return words[name.casefold()]
+    near = difflib.get_close_matches(name.casefold(), words, n=3, cutoff=0.5)
+    some = [config.class_names[words[word]] for word in near] or config.class_names[:5]
+    raise ConfigError(f"expected a class such as {', '.join(some)}, got {name!r}, which this generator never saw")
 
 
 def resolve_num_tokens(num_tokens: int | Sequence[int] | None, count: int, config: GeneratorConfig) -> list[int]:

@@ -13,7 +13,7 @@ import mergevq
 from mergevq.errors import CheckpointError, ConfigError, MissingDependencyError, OutputExistsError, ShapeError
 from mergevq.files import read_header, save_tensors
 from mergevq.generator.config import GeneratorConfig, MaskConfig
-from mergevq.generator.generate import check_pair, default_batch_size, load_generator
+from mergevq.generator.generate import check_pair, default_batch_size, load_generator, resolve_classes
 from mergevq.generator.random_order import RandomAR
 from mergevq.generator.raster import MergeAR
 
@@ -236,6 +236,15 @@ def test_a_generator_without_names_or_classes_says_so() -> None:
         randomised(replace(CONFIG, class_names=())).generate(["owl"])
     with pytest.raises(ConfigError, match="expected no classes"):
         randomised(replace(CONFIG, num_classes=0, class_names=())).generate([0])
+
+
+def test_a_word_of_digits_is_a_name_before_it_is_a_number() -> None:
+    """As the names of an `ImageFolder` are sorted: 10 is class 1."""
+    names = replace(CONFIG, class_names=("1", "10", "2"))
+    assert resolve_classes(["1", "10", "2", "0", 2], names) == [0, 1, 2, 0, 2]
+    assert resolve_classes(["1", "2"], replace(CONFIG, class_names=())) == [1, 2]
+    with pytest.raises(ConfigError, match=r"classes 0\.\.2, got 3"):
+        resolve_classes(["3"], names)
 
 
 def test_counts_outside_training_are_warned_of(model: MergeAR, caplog: pytest.LogCaptureFixture) -> None:
