@@ -340,6 +340,18 @@ def test_numbers_that_only_guidance_makes_infinite_are_noticed(model: RandomAR) 
         large.generate([0], steps=2, seeds=[1], guidance=1e6)
 
 
+def test_nothing_is_copied_from_the_host_in_every_step(model: RandomAR, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    real = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *args, **options: made.append(args) or real(*args, **options))
+    counts = []
+    for steps in (2, 9):
+        made.clear()
+        model.generate([0], steps=steps, guidance=2.0, guidance_schedule="linear", seeds=[1])
+        counts.append(len(made))
+    assert counts[0] == counts[1]
+
+
 # ------------------------------------------------------------------------------------------------------------- learning
 
 
