@@ -111,7 +111,7 @@ class MergeAR(Generator):
             top_p: draw from the most probable values that have this probability together; 1 is all.
             cache: merge drops keys and values that no later token sees, full keeps them; the tokens are the same, up
                 to the rounding of sums.
-            chunk: the cache grows by so many slots, and is looked after every so many steps.
+            chunk: the cache grows by so many slots, at most L, and is looked after every so many steps.
             rng: gives each image its seed; None takes torch's own of the CPU.
             seeds: the seeds, one an image: an image depends on its seed and what is asked for, not on the batch.
             batch_size: images at a time; None is `generate.default_batch_size`.
@@ -176,8 +176,8 @@ class MergeAR(Generator):
         options.check(len(config.groups))
         if cache not in ("merge", "full"):
             raise ConfigError(f"expected cache merge or full, got {cache!r}")
-        if chunk < 1:
-            raise ConfigError(f"expected chunk of at least 1, got {chunk}")
+        if not isinstance(chunk, int) or chunk < 1:
+            raise ConfigError(f"expected a whole number for chunk of at least 1, got {chunk!r}")
         request = resolve_request(config, classes, num_images, num_tokens, rng, seeds)
         kind = options.branches(len(config.groups))
         if classes is None or kind == "unconditional":
@@ -189,7 +189,7 @@ class MergeAR(Generator):
             2 if kind == "both" else 1,
             # With R = None nothing is dropped, and both caches are one.
             MergeCache if cache == "merge" and config.mask.recent is not None else FullCache,
-            chunk,
+            min(chunk, config.num_patches),
             compiled(next_token, self.device) if compile else next_token,
             dtype or torch.float32,
         )

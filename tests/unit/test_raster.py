@@ -222,7 +222,18 @@ def test_what_makes_no_sense_is_refused_in_one_line(model: MergeAR, arguments: d
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("cache", ["merge", "full"])
+def test_no_cache_has_more_slots_than_there_are_patches(model: MergeAR, cache: Any) -> None:
+    options: dict[str, Any] = {"seeds": [1], "cache": cache}
+    expected = model.generate([0], chunk=1, **options)
+    tokens, stats = model.generate_with_stats([0], chunk=100_000, **options)
+    assert tokens.equal(expected)
+    assert stats.cache_slots <= CONFIG.prefix_length + CONFIG.num_patches
+
+
 def test_words_of_no_meaning_are_refused(model: MergeAR, unchecked: None) -> None:
+    with pytest.raises(ConfigError, match=r"whole number for chunk of at least 1, got 2\.5"):
+        model.generate(chunk=2.5)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="cache merge or full, got 'small'"):
         model.generate(cache="small")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="a list of classes, one an image, got 'owl'"):
