@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from mergevq.generator.cache import FullCache, MergeCache
 from mergevq.generator.config import GeneratorConfig, MaskConfig
 from mergevq.generator.generate import many_graphs
 from mergevq.generator.random_order import RandomAR
-from mergevq.generator.raster import MergeAR
+from mergevq.generator.raster import MergeAR, fill_prefix
 
 pytestmark = pytest.mark.compile
 
@@ -67,6 +68,23 @@ def test_a_step_is_one_graph_and_growing_does_not_multiply_them(
     assert len(graphs) == 2
     model.generate([1, 1], compile=True, **options | {"seeds": [3, 4]})
     assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("kind", [MergeCache, FullCache])
+def test_filling_the_prefix_compiles_as_one_graph(
+    graphs: list[torch.fx.GraphModule], kind: type[MergeCache] | type[FullCache]
+) -> None:
+    model = randomised(replace(CONFIG, depth=1))
+    fill = torch.compile(fill_prefix, fullgraph=True)
+    for images in (2, 3):
+        states = [kind(model.config, images, 1, chunk=2, device=torch.device("cpu")).state for _ in range(2)]
+        request = torch.arange(images), torch.full((images,), 6)
+        with torch.no_grad():
+            expected = fill_prefix(model.transformer, states[0], *request)
+            torch.testing.assert_close(fill(model.transformer, states[1], *request), expected)
+        torch.testing.assert_close(states[1].memory, states[0].memory)
+        assert all(keys.any() for keys in states[1].memory.keys[:1])
+    assert 1 <= len(graphs) <= 2
 
 
 @pytest.mark.parametrize("order", ["raster", "random"])
