@@ -215,7 +215,7 @@ def filter_logits(
         # A stable order: which of equal logits stays must not depend on the device.
         ordered, order = logits.sort(stable=True, dim=-1, descending=True)
         before = F.pad(ordered.softmax(-1).cumsum(-1, dtype=torch.float64)[..., :-1], (1, 0))
-        logits = logits.masked_fill((before > top_p).gather(-1, order.argsort(-1)), -torch.inf)
+        logits = torch.empty_like(logits).scatter_(-1, order, ordered.masked_fill(before > top_p, -torch.inf))
     return logits
 
 
