@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import generator, lfq, merging, tokenizer, training_step
 from benchmarks.measure import as_json, commit, hardware, markdown
+from mergevq.files import atomic_write
 
 Table = tuple[str, list[dict[str, Any]], str]
 
@@ -44,10 +45,9 @@ def main() -> None:
         benchmarks["release_gpu"] = lambda: generator.against_release(args.quick, "cuda")
         benchmarks["attention_gpu"] = lambda: generator.attention_share(args.quick, "cuda")
         benchmarks["throughput_gpu"] = lambda: tokenizer.throughput(args.quick, "cuda")
-    args.out.mkdir(parents=True, exist_ok=True)
     kept = args.out / f"{args.name}.json"
-    # Tables that are not asked for now stay, each with the commit and machine it was measured on.
-    tables = json.loads(kept.read_text())["tables"] if kept.exists() and args.only is not None else {}
+    # What is not measured anew stays, each table with the commit and machine it was measured on.
+    tables = json.loads(kept.read_text())["tables"] if kept.exists() else {}
     for name, benchmark in benchmarks.items():
         if args.only is None or name in args.only:
             print(f"{name} ...", flush=True)
@@ -55,13 +55,17 @@ def main() -> None:
             when = f"{datetime.date.today()}, commit {commit()}"
             tables[name] = {"title": title, "note": note, "rows": rows, "measured": when, "hardware": hardware()}
             print(_text(tables[name]), flush=True)
-    tables = {name: tables[name] for name in benchmarks if name in tables}
+            # Now, because the next table may fail after hours.
+            _write(args.out, args.name, {name: tables[name] for name in benchmarks if name in tables})
+
+
+def _write(out: Path, name: str, tables: dict[str, dict[str, Any]]) -> None:
     header = (
-        f"# Benchmarks ({args.name})\n\n`python -m benchmarks`. Medians; ratios are medians over interleaved "
+        f"# Benchmarks ({name})\n\n`python -m benchmarks`. Medians; ratios are medians over interleaved "
         "repetitions of one run, because absolute times of a shared machine mean little.\n\n"
     )
-    (args.out / f"{args.name}.md").write_text(header + "\n".join(_text(table) for table in tables.values()))
-    kept.write_text(as_json({"tables": tables}))
+    atomic_write(out / f"{name}.md", (header + "\n".join(_text(table) for table in tables.values())).encode())
+    atomic_write(out / f"{name}.json", as_json({"tables": tables}).encode())
 
 
 def _text(table: dict[str, Any]) -> str:

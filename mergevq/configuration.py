@@ -5,6 +5,7 @@ No torch is imported here.
 
 import difflib
 import math
+import operator
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -29,6 +30,21 @@ def check_types(config: Any, path: str = "") -> None:
             near = difflib.get_close_matches(str(value), words, n=1)
             hint = f": did you mean {near[0]}?" if near else ""
             raise ConfigError(f"{name} must be {_named(hints[f.name])}, got {value!r}{hint}")
+
+
+def check_seed(seed: Any, name: str = "a seed") -> int:
+    """Returns the seed, of whatever integer type it came.
+
+    Raises:
+        ConfigError: it is no whole number, or torch takes none so large.
+    """
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        raise ConfigError(f"expected {name} that is a whole number, got {seed!r}") from None
+    if not -(2**63) <= number < 2**64:
+        raise ConfigError(f"expected {name} of at most 64 bits, got {number}")
+    return number
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -27,6 +27,9 @@ Number = float | int
 # Logits divided by less than this may leave float32; two that differ at all are then as far apart as for argmax.
 _COLD = 1e-8
 
+# Scales in use are below 100. From about 1e36 on guided logits leave float32, and all tokens become the same.
+_MOST_GUIDANCE = 1e6
+
 
 class GroupSampling(NamedTuple):
     """How one bit group is sampled."""
@@ -73,8 +76,11 @@ class SamplingOptions:
             if not _is_number(value) or not 0 < value <= 1:
                 raise ConfigError(f"expected top_p above 0 and at most 1 (1 is off), got {value}")
         for value in _values("guidance", self.guidance, num_groups):
-            if not _is_number(value) or value < 0:
-                raise ConfigError(f"expected guidance of at least 0 (1 is off, 0 is unconditional), got {value}")
+            if not _is_number(value) or not 0 <= value <= _MOST_GUIDANCE:
+                raise ConfigError(
+                    f"expected guidance of at least 0 (1 is off, 0 is unconditional) and at most {_MOST_GUIDANCE:g}, "
+                    f"got {value}"
+                )
         _check_schedule(self.schedule, self.power, self.interval)
 
     def per_group(self, num_groups: int) -> tuple[GroupSampling, ...]:
@@ -209,7 +215,7 @@ def filter_logits(
         # A stable order: which of equal logits stays must not depend on the device.
         ordered, order = logits.sort(stable=True, dim=-1, descending=True)
         before = F.pad(ordered.softmax(-1).cumsum(-1, dtype=torch.float64)[..., :-1], (1, 0))
-        logits = logits.masked_fill((before > top_p).gather(-1, order.argsort(-1)), -torch.inf)
+        logits = torch.empty_like(logits).scatter_(-1, order, ordered.masked_fill(before > top_p, -torch.inf))
     return logits
 
 

@@ -161,7 +161,7 @@ def _evaluate(
 
     from mergevq.data.sources import evaluation_images, images_of_split, training_images
     from mergevq.evaluation.generation import check_models, evaluate_generation
-    from mergevq.evaluation.generation_plan import all_settings
+    from mergevq.evaluation.generation_plan import all_settings, are_the_same, looked_at
     from mergevq.files import write_json
     from mergevq.generator.generate import load_generator
     from mergevq.sampling import SamplingOptions
@@ -179,9 +179,9 @@ def _evaluate(
     tok = MergeVQ.from_pretrained(tokenizer, device=place)
     check_models(gen, tok)
     asked = (options[name] for name in ("guidance", "num_tokens", "cache", "steps"))
-    total = options["num_images"] * len(all_settings(gen.config, *asked)) + _looked_at(real, options["limit"])
-    if known.fingerprint() != real.fingerprint() or options["neighbour_limit"] not in (None, options["limit"]):
-        total += _looked_at(known, options["neighbour_limit"])
+    total = options["num_images"] * len(all_settings(gen.config, *asked)) + looked_at(real, options["limit"])
+    if not are_the_same(real, options["limit"], known, options["neighbour_limit"]):
+        total += looked_at(known, options["neighbour_limit"])
     with progress("evaluate", total // share) if first else nullcontext() as advance:
         report = evaluate_generation(
             gen, tok, real, neighbours=known, sampling=SamplingOptions(**how), on_images=advance, **options
@@ -192,10 +192,6 @@ def _evaluate(
     Console().print(report.table())
     report.write_html(out / "report.html")
     print(f"{out / 'generation.json'}, {out / 'report.html'}")
-
-
-def _looked_at(images: Any, limit: int | None) -> int:
-    return len(images) if limit is None else min(len(images), limit)
 
 
 def _classes(words: str) -> Any:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from mergevq.cli.options import check_batch_size, choose_device, progress, read_classes
+from mergevq.configuration import check_seed
 from mergevq.errors import ConfigError, OutputExistsError
 
 _RECORD = "generate.json"
@@ -89,6 +90,7 @@ def generate(
     from mergevq.tokens import MergedTokens, load_tokens, save_tokens
 
     check_batch_size(batch_size)
+    check_seed(seed, "--seed")
     device = choose_device(device)
     gen = load_generator(generator, device=device)
     tok = MergeVQ.from_pretrained(tokenizer, device=device)

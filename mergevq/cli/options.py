@@ -1,6 +1,5 @@
 """Options that several verbs share: how they are written, and what their values become."""
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Protocol
@@ -55,10 +54,11 @@ Model = Annotated[str, tyro.conf.arg(metavar="M")]
 """A model file, the folder of a training run, or a Hugging Face hub id."""
 
 
-def read_classes(words: str) -> list[int | str]:
-    """Returns the numbers and names in a list with commas between; what is empty is left out."""
-    stripped = (word.strip() for word in words.split(","))
-    return [int(word) if re.fullmatch("-?[0-9]{1,9}", word) else word for word in stripped if word]
+def read_classes(words: str) -> list[str]:
+    """Returns the numbers and names in a list with commas between, as words: only the generator knows whether 10 is a
+    name. What is empty is left out.
+    """
+    return [word.strip() for word in words.split(",") if word.strip()]
 
 
 def choose_device(name: str) -> str:

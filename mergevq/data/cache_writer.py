@@ -66,8 +66,7 @@ def write_token_cache(
         crop = batch["image"].to(tok.encoder.class_token.device)
         for view in settings.views:
             shown = crop.flip(-1) if view == "flip" else crop
-            for k in settings.num_tokens:
-                tokens = tok.encode(shown, k)
+            for k, tokens in zip(settings.num_tokens, tok.encode_each(shown, settings.num_tokens), strict=True):
                 assert tokens.source is not None
                 rows |= {index_name(view, k): tokens.index, source_name(view, k): tokens.source.index}
         return rows

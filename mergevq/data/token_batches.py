@@ -7,7 +7,6 @@ processes with B samples each is the same W * B samples as batch g of one proces
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from mergevq.data.cache_format import View
@@ -27,7 +26,6 @@ def token_batches(
     num_tokens: Sequence[int] = (),
     num_tokens_probs: Sequence[float] = (),
     views: Sequence[View] = (),
-    width: int | None = None,
     rank: int = 0,
     world_size: int = 1,
     start_batch: int = 0,
@@ -44,7 +42,6 @@ def token_batches(
         num_tokens: K to draw from; all of the cache's by default.
         num_tokens_probs: how likely each of them is, in proportion; equal by default.
         views: to draw from, all alike; all of the cache's by default.
-        width: of `index`; by default the largest K in each batch, so it changes from batch to batch.
         rank: number of this process.
         world_size: how many processes share each global batch.
         start_batch: batches that an earlier part of the run has seen.
@@ -53,7 +50,7 @@ def token_batches(
         ConfigError: the cache does not hold such a K or view, or a number is out of its range.
     """
     counts, seen = tuple(num_tokens) or cache.num_tokens, tuple(views) or cache.views
-    cache.check_holds(counts, seen, width)
+    cache.check_holds(counts, seen)
     limits = _limits(counts, num_tokens_probs)
     order = EpochOrder(len(cache), batch_size, seed, rank, world_size, start_batch)
 
@@ -62,7 +59,7 @@ def token_batches(
             noise = [_uniforms(seed, draw.epoch, draw.position) for draw in draws]
             drawn = [_choose(counts, limits, u[0]) for u in noise]
             shown = [seen[int(u[1] * len(seen))] for u in noise]
-            yield cache.batch([draw.number for draw in draws], drawn, shown, width)
+            yield cache.batch([draw.number for draw in draws], drawn, shown)
 
     return batches()
 
@@ -74,7 +71,6 @@ def evaluation_token_batches(
     num_tokens: int,
     view: View = "crop",
     limit: int | None = None,
-    width: int | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[TokenBatch]:
@@ -86,7 +82,6 @@ def evaluation_token_batches(
         num_tokens: K.
         view: which view of each image.
         limit: take only so many, evenly spread over the cache; None takes all.
-        width: of `index`; K by default.
         rank: number of this process, which gets every `world_size`-th image.
         world_size: how many processes share the images.
 
@@ -99,9 +94,9 @@ def evaluation_token_batches(
         raise ConfigError(f"expected a batch_size and a limit of at least 1, got {batch_size} and {limit}")
     if not 0 <= rank < world_size:
         raise ConfigError(f"rank must lie in 0..{world_size - 1}, got {rank}")
-    cache.check_holds((num_tokens,), (view,), width)
+    cache.check_holds((num_tokens,), (view,))
     rows = [i * total // count for i in range(count)][rank::world_size]
-    return (cache.batch(rows[i : i + batch_size], num_tokens, view, width) for i in range(0, len(rows), batch_size))
+    return (cache.batch(rows[i : i + batch_size], num_tokens, view) for i in range(0, len(rows), batch_size))
 
 
 def encoded_batches(
@@ -111,9 +106,6 @@ def encoded_batches(
     seed: int,
     num_tokens: Sequence[int],
     num_tokens_probs: Sequence[float] = (),
-    per_sample: bool = False,
-    width: int | None = None,
-    rank: int = 0,
     start_batch: int = 0,
 ) -> Iterator[TokenBatch]:
     """Returns token batches of image batches, on the tokenizer's device, encoding each image when its turn comes.
@@ -122,41 +114,29 @@ def encoded_batches(
         tok: the tokenizer.
         batches: of `training_batches`, begun at the same `start_batch`; their crops and mirroring are what is encoded.
         seed: of K.
-        num_tokens: K to draw from, 1 .. L.
+        num_tokens: K to draw from, 1 .. L; all samples of a batch, on all processes, have the same.
         num_tokens_probs: how likely each of them is, in proportion; equal by default.
-        per_sample: draw K for each sample, which encodes a batch once for each K in it; by default all samples of a
-            batch, on all processes, have the same.
-        width: of `index`; by default the largest K in each batch, so it changes from batch to batch.
-        rank: number of this process, for the draws of single samples.
         start_batch: batches that an earlier part of the run has seen.
 
     Raises:
-        ConfigError: the probabilities do not fit, or the width is too small.
+        ConfigError: there are no K, or the probabilities do not fit.
         ShapeError: a K is impossible for the images.
     """
     counts = tuple(num_tokens)
     if not counts:
         raise ConfigError("expected at least one num_tokens to encode at, got none")
-    if width is not None and width < max(counts):
-        raise ConfigError(f"expected a width of at least {max(counts)}, the largest K, got {width}")
     limits = _limits(counts, num_tokens_probs)
 
     def encoded() -> Iterator[TokenBatch]:
         for number, batch in enumerate(batches, start_batch):
-            size = len(batch["image"])
-            places = [rank * size + i for i in range(size)] if per_sample else [0]
-            drawn = [_choose(counts, limits, _uniforms(seed, number, place)[0]) for place in places]
-            tokens = tok.encode(batch["image"], drawn if per_sample else drawn[0])
+            tokens = tok.encode(batch["image"], _choose(counts, limits, _uniforms(seed, number, 0)[0]))
             assert tokens.source is not None
-            index = tokens.index
-            if width is not None:
-                index = torch.nn.functional.pad(index, (0, width - index.shape[1]))
             yield {
-                "index": index,
+                "index": tokens.index,
                 "source": tokens.source.index,
                 "num_tokens": tokens.num_tokens,
-                "label": batch["label"].to(index.device),
-                "number": batch["number"].to(index.device),
+                "label": batch["label"].to(tokens.index.device),
+                "number": batch["number"].to(tokens.index.device),
             }
 
     return encoded()

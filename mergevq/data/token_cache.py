@@ -151,7 +151,9 @@ class TokenCache:
             )
         if min(rows) < 0 or max(rows) >= len(self):
             raise ConfigError(f"expected rows 0..{len(self) - 1}, got {min(rows)}..{max(rows)}")
-        self.check_holds(counts, views, width)
+        self.check_holds(counts, views)
+        if width is not None and width < max(counts):
+            raise ConfigError(f"expected a width of at least {max(counts)}, the largest K, got {width}")
         index = np.zeros((len(rows), width or max(counts)), dtype=np.int64)
         source = np.zeros((len(rows), self.settings.num_patches), dtype=np.int64)
         # Rows that lie in one array are copied at once.
@@ -194,16 +196,15 @@ class TokenCache:
             batch["index"], source, self.grid, self.num_bits, self.tokenizer, num_tokens=batch["num_tokens"]
         )
 
-    def check_holds(self, num_tokens: Sequence[int], views: Sequence[View], width: int | None = None) -> None:
+    def check_holds(self, num_tokens: Sequence[int], views: Sequence[View]) -> None:
         """Checks that the images were encoded at every such K and in every such view.
 
         Args:
             num_tokens: every K wanted.
             views: every view wanted.
-            width: of `index`, which has room for the largest K.
 
         Raises:
-            ConfigError: they were not, or the width is too small.
+            ConfigError: they were not.
         """
         for name, wanted, held in (("num_tokens", set(num_tokens), self.num_tokens), ("views", set(views), self.views)):
             if not wanted <= set(held):
@@ -212,8 +213,6 @@ class TokenCache:
                     f"{self.folder}: expected {name} among {known}, got {missing}: choose others, or encode the images "
                     "again"
                 )
-        if width is not None and width < max(num_tokens):
-            raise ConfigError(f"expected a width of at least {max(num_tokens)}, the largest K, got {width}")
 
     def verify(self) -> None:
         """Reads every shard whole and compares its SHA-256 with the manifest's.

@@ -9,13 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mergevq.configuration import check_seed
 from mergevq.data.folder import ImageFolder
 from mergevq.data.sources import evaluation_images, training_images
 from mergevq.errors import CheckpointError, ConfigError
 from mergevq.evaluation.generation_measure import NEIGHBOURS, Measure
 from mergevq.evaluation.generation_notes import generation_notes
 from mergevq.evaluation.generation_pass import TokenGenerator, Worker, evaluation_mode, in_order, warning_once
-from mergevq.evaluation.generation_plan import MOST_SHOWN, Classes, Plan, all_settings, generate_options, image_labels
+from mergevq.evaluation.generation_plan import (
+    MOST_SHOWN,
+    Classes,
+    Plan,
+    all_settings,
+    are_the_same,
+    generate_options,
+    image_labels,
+    looked_at,
+)
 from mergevq.evaluation.generation_result import GenerationReport, GenerationRow, ReferenceRow, Sample, Setting
 from mergevq.evaluation.processes import shared_processes
 from mergevq.evaluation.protocol import PREPARATION, data_name, hardware, precision, versions
@@ -100,6 +110,7 @@ def evaluate_generation(
     """
     config = generator.config
     check_models(generator, tok)
+    check_seed(seed)
     sampling = sampling or SamplingOptions()
     settings = all_settings(config, guidance, num_tokens, cache, steps)
     for setting in settings:
@@ -129,7 +140,7 @@ def evaluate_generation(
     side = tok.config.downsampling * config.grid[0]
     counts = sorted({setting.num_tokens for setting in settings}, reverse=True)
     prints = real.fingerprint(), None if known is None else known.fingerprint()
-    same = prints[0] == prints[1] and neighbour_limit in (None, limit)
+    same = known is not None and are_the_same(real, limit, known, neighbour_limit)
     rows: list[GenerationRow] = []
     kept: list[tuple[Tensor, Nearest | None]] = []
     with shared_processes() as processes, evaluation_mode(generator, tok), warning_once():
@@ -168,7 +179,7 @@ def evaluate_generation(
         "reference": {
             "data": data_name(reference, real),
             "images": found["images"],
-            "images_unreadable": min(len(real), limit or len(real)) - found["images"],
+            "images_unreadable": looked_at(real, limit) - found["images"],
             "images_available": len(real),
             "fingerprint": prints[0],
         },

@@ -79,6 +79,20 @@ def all_settings(
     return found
 
 
+def looked_at(images: ImageFolder, limit: int | None) -> int:
+    """Returns how many images are looked at; None is all."""
+    return len(images) if limit is None else min(len(images), limit)
+
+
+def are_the_same(
+    reference: ImageFolder, limit: int | None, neighbours: ImageFolder, neighbour_limit: int | None
+) -> bool:
+    """Says whether the reference images that are looked at are also those in which close ones are looked for."""
+    if looked_at(reference, limit) != looked_at(neighbours, neighbour_limit):
+        return False
+    return reference.fingerprint() == neighbours.fingerprint()
+
+
 def image_labels(
     classes: Classes, config: GeneratorConfig, real: ImageFolder, count: int, seed: int
 ) -> list[int] | None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from mergevq.configuration import config_to_dict
+from mergevq.configuration import check_seed, config_to_dict
 from mergevq.data.folder import ImageFolder
 from mergevq.evaluation.generation import check_models, evaluate_generation
 from mergevq.evaluation.generation_pass import TokenGenerator
@@ -129,6 +129,7 @@ def evaluate_all(
         OutputExistsError: `out` holds parts of another model, other images or other settings, or other files.
         MissingDependencyError: a network needs a package that is not installed.
     """
+    check_seed(seed)
     probes = probes or ProbeConfig()
     place = torch.device(device) if device is not None else tok.encoder.class_token.device
     images = choose_images(data, train, probes, limit=limit, train_limit=train_limit)

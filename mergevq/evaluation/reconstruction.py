@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mergevq.configuration import check_seed
 from mergevq.data.folder import ImageFolder
 from mergevq.data.loader import evaluation_batches
 from mergevq.data.sources import evaluation_images
@@ -66,13 +67,14 @@ def evaluate_reconstruction(
         on_images: called after each batch with its number of images.
 
     Raises:
-        ConfigError: `limit` or `examples` is out of range, or there is no such network.
+        ConfigError: `limit`, `examples` or `seed` is out of range, or there is no such network.
         ShapeError: a K or the size is impossible for this tokenizer.
         DataError: the images are missing, or none can be read.
         MissingDependencyError: a network needs a package that is not installed.
         CheckpointError: a network's weights are not here and cannot be downloaded; or a source is to be predicted, and
             the tokenizer has no recovery.
     """
+    check_seed(seed)
     images = evaluation_images(data)
     wanted = (num_tokens,) if isinstance(num_tokens, int) else num_tokens or (tok.config.num_tokens,)
     counts = sorted(set(wanted), reverse=True)

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mergevq.configuration import check_seed
 from mergevq.data.folder import ImageFolder
 from mergevq.data.loader import evaluation_batches
 from mergevq.data.sources import evaluation_images
@@ -65,10 +66,11 @@ def evaluate_sanity(
         on_images: called after each batch with its number of images.
 
     Raises:
-        ConfigError: `limit` or `batch_size` is out of range, or there is no such network.
+        ConfigError: `limit`, `batch_size` or `seed` is out of range, or there is no such network.
         DataError: the images are missing, or none can be read.
         MissingDependencyError, CheckpointError: a network cannot be had.
     """
+    check_seed(seed)
     if limit is not None and limit < 1:
         raise ConfigError(f"expected a limit of at least 1 image, got {limit}")
     images, place = evaluation_images(data), torch.device(device)

@@ -5,14 +5,17 @@ import logging
 import math
 import operator
 import os
+import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 import torch
 
+from mergevq.configuration import check_seed
 from mergevq.errors import CheckpointError, ConfigError, MissingDependencyError, ShapeError
 from mergevq.files import read_header
 from mergevq.generator.config import GeneratorConfig
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
 _MAX_BATCH = 64
 _CPU_CACHE_BYTES = 2**30
+_MOST_GRAPHS = 2**16  # As good as no limit, but a number.
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,8 @@ def resolve_request(
         seeds: the seeds themselves.
 
     Raises:
-        ConfigError: a class is unknown, a K is outside 1..L, or the numbers of classes, images, K and seeds differ.
+        ConfigError: a class is unknown, a K is outside 1..L, a seed has more than 64 bits, one of these is no whole
+            number, or the numbers of classes, images, K and seeds differ.
     """
     if classes is None:
         count = 1 if num_images is None else num_images
@@ -109,16 +114,19 @@ def resolve_request(
         raise ConfigError("expected at least one image to generate, got none")
     kept = resolve_num_tokens(num_tokens, count, config)
     if seeds is None:
-        seeds = image_seeds(rng, count)
-    elif rng is not None:
+        return Request(tuple(numbers), tuple(kept), tuple(image_seeds(rng, count)))
+    if rng is not None:
         raise ConfigError("expected rng or seeds, got both: rng would only make seeds")
-    elif len(seeds) != count:
-        raise ConfigError(f"expected {count} seeds, one an image, got {len(seeds)}")
-    return Request(tuple(numbers), tuple(kept), tuple(seeds))
+    if _is_one(seeds):
+        raise ConfigError(f"expected a list of seeds, one an image, got {seeds!r}: put it in brackets")
+    given = tuple(check_seed(seed) for seed in seeds)
+    if len(given) != count:
+        raise ConfigError(f"expected {count} seeds, one an image, got {len(given)}")
+    return Request(tuple(numbers), tuple(kept), given)
 
 
 def resolve_classes(classes: Sequence[int | str], config: GeneratorConfig) -> list[int]:
-    """Returns the numbers of classes given by number or name.
+    """Returns the numbers of classes given by number or name; a word is a number only if no class has that name.
 
     Raises:
         ConfigError: one is unknown; the message has the nearest names.
@@ -127,13 +135,18 @@ def resolve_classes(classes: Sequence[int | str], config: GeneratorConfig) -> li
         raise ConfigError(f"expected a list of classes, one an image, got {classes!r}: put it in brackets")
     if config.num_classes == 0 and len(classes):
         raise ConfigError("expected no classes for this unconditional generator: leave them out")
-    return [_class_number(name, config) for name in classes]
+    # Of equal names the first counts.
+    words = {word.casefold(): number for number, word in reversed([*enumerate(config.class_names)])}
+    return [_class_number(name, words, config) for name in classes]
 
 
-def _class_number(name: int | str, config: GeneratorConfig) -> int:
-    if not isinstance(name, str):
+def _class_number(name: int | str, words: dict[str, int], config: GeneratorConfig) -> int:
+    if isinstance(name, str) and name.casefold() in words:
+        return words[name.casefold()]
+    if not isinstance(name, str) or re.fullmatch("-?[0-9]{1,9}", name):
         try:
-            number = operator.index(name)  # Also of numpy and torch; 1.7 is no class.
+            # Also of numpy and torch; 1.7 is no class.
+            number = int(name) if isinstance(name, str) else operator.index(name)
         except TypeError:
             raise ConfigError(f"expected classes that are whole numbers or names, got {name!r}") from None
         if not 0 <= number < config.num_classes:
@@ -143,12 +156,9 @@ def _class_number(name: int | str, config: GeneratorConfig) -> int:
         raise ConfigError(
             f"expected a class number 0..{config.num_classes - 1}, got {name!r}: this generator knows no names"
         )
-    words = {word.casefold(): number for number, word in reversed([*enumerate(config.class_names)])}
-    if name.casefold() not in words:
-        near = difflib.get_close_matches(name.casefold(), words, n=3, cutoff=0.5)
-        some = [config.class_names[words[word]] for word in near] or config.class_names[:5]
-        raise ConfigError(f"expected a class such as {', '.join(some)}, got {name!r}, which this generator never saw")
-    return words[name.casefold()]
+    near = difflib.get_close_matches(name.casefold(), words, n=3, cutoff=0.5)
+    some = [config.class_names[words[word]] for word in near] or config.class_names[:5]
+    raise ConfigError(f"expected a class such as {', '.join(some)}, got {name!r}, which this generator never saw")
 
 
 def resolve_num_tokens(num_tokens: int | Sequence[int] | None, count: int, config: GeneratorConfig) -> list[int]:
@@ -159,8 +169,9 @@ def resolve_num_tokens(num_tokens: int | Sequence[int] | None, count: int, confi
     """
     if num_tokens is None:
         num_tokens = config.num_tokens
+    given: Any = [num_tokens] * count if _is_one(num_tokens) else num_tokens
     try:
-        kept = [num_tokens] * count if isinstance(num_tokens, int) else [operator.index(k) for k in num_tokens]
+        kept = [operator.index(k) for k in given]
     except TypeError:
         raise ConfigError(f"expected num_tokens of whole numbers, got {num_tokens!r}") from None
     if len(kept) != count:
@@ -178,6 +189,11 @@ def resolve_num_tokens(num_tokens: int | Sequence[int] | None, count: int, confi
             min(high, config.num_patches),
         )
     return kept
+
+
+def _is_one(numbers: Any) -> bool:
+    """Whether something is one number, also one of numpy or torch, and not several."""
+    return not isinstance(numbers, Iterable) or getattr(numbers, "ndim", 1) == 0
 
 
 def check_pair(config: GeneratorConfig, *, grid: tuple[int, int] | None, num_bits: int, tokenizer: str | None) -> None:
@@ -226,6 +242,27 @@ def compiled(step: Callable[..., Any], device: torch.device) -> Callable[..., An
                 "or leave compile off"
             )
     return torch.compile(step, fullgraph=True)
+
+
+@contextmanager
+def many_graphs(wanted: bool) -> Iterator[None]:
+    """Lets a compiled step have as many graphs as it is asked for; stands around the calls, which compile.
+
+    torch counts the graphs of a function over all of a process: each model, cache, branch count, dtype and set of
+    filters takes some, and where one graph is demanded the ninth is an error.
+
+    Args:
+        wanted: whether anything is compiled; False does nothing.
+    """
+    if not wanted:
+        yield
+        return
+    import torch._dynamo  # Takes a second, and only compiling needs it.
+
+    config = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # torch 2.6
+    with config.patch({limit: _MOST_GRAPHS, f"accumulated_{limit}": _MOST_GRAPHS}):
+        yield
 
 
 def default_batch_size(config: GeneratorConfig, branches: int, device: torch.device, item_bytes: int = 4) -> int:

@@ -125,13 +125,16 @@ def decode_in_parallel(
     # Guidance comes as a tensor: compiled code would be compiled again for every scale.
     groups = tuple(group._replace(guidance=1.0) for group in plan.options.per_group(num_groups))
     sizes = group_sizes(num_tokens, plan.steps or num_tokens)
+    # Copied to the device at once: a copy from the host in every step would make the host wait.
+    progress = [sum(sizes[:step]) / max(1, num_tokens - 1) for step in range(len(sizes))]
+    scales = torch.tensor([plan.options.scales(num_groups, done) for done in progress], device=device)
     # Nothing follows the last token.
     capacity = length + 2 * num_tokens - 1
     memory = KeyValues.empty(config.depth, images * branches, capacity, config, device, plan.dtype)
     total = torch.zeros((), device=device)
     rotation = rotation.repeat(branches, 1, 1, 1)
     fed, begin, done, parts = prefix, 0, 0, []
-    for size in sizes:
+    for size, scale in zip(sizes, scales, strict=True):
         now, first = slice(done, done + size), length + 2 * done
         end = first + size
         seen = min(capacity, -(-end // _CHUNK) * _CHUNK)
@@ -143,7 +146,7 @@ def decode_in_parallel(
             memory.first(seen),
             torch.arange(begin, end, device=device),
             uniforms[:, now],
-            torch.tensor(plan.options.scales(num_groups, done / max(1, num_tokens - 1)), device=device),
+            scale,
             total,
             groups,
         )
@@ -179,7 +182,7 @@ def next_group(
         slots: where.
         uniforms: noise of each draw.
         scales: guidance of each bit group.
-        total: receives the sum of all logits, which is not finite if one of them is not.
+        total: receives the sum of all guided logits, which is not finite if one of them is not.
         groups: how each bit group is sampled, but for guidance.
     """
     images, count = uniforms.shape[:2]
@@ -188,10 +191,10 @@ def next_group(
 
     def choose(group: int, logits: Tensor) -> Tensor:
         logits = logits.float()
-        total.add_(logits.sum())
         if guided:
             conditional, unconditional = logits.chunk(2)
             logits = guide(conditional, unconditional, scales[group])
+        total.add_(logits.sum())
         how = groups[group]
         return draw(filter_logits(logits, how.temperature, how.top_k, how.top_p), uniforms[:, :, group].flatten())
 

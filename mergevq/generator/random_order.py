@@ -16,6 +16,7 @@ from mergevq.generator.generate import (
     compiled,
     default_batch_size,
     in_batches,
+    many_graphs,
     resolve_request,
 )
 from mergevq.generator.model import Generator
@@ -191,7 +192,7 @@ class RandomAR(Generator):
         columns = (request.classes, request.num_tokens, request.seeds)
         ordered = Request(*(tuple(column[place] for place in places) for column in columns))
         parts, total, start = [], GenerationStats(0, 0.0, 0), 0
-        with self.sampling_mode(dtype) as transformer:
+        with self.sampling_mode(dtype) as transformer, many_graphs(compile):
             for _, equal in groupby(ordered.num_tokens):
                 stop = start + len([*equal])
                 part, stats = in_batches(

@@ -17,6 +17,7 @@ from mergevq.generator.generate import (
     compiled,
     default_batch_size,
     in_batches,
+    many_graphs,
     non_finite,
     resolve_request,
 )
@@ -110,7 +111,7 @@ class MergeAR(Generator):
             top_p: draw from the most probable values that have this probability together; 1 is all.
             cache: merge drops keys and values that no later token sees, full keeps them; the tokens are the same, up
                 to the rounding of sums.
-            chunk: the cache grows by so many slots, and is looked after every so many steps.
+            chunk: the cache grows by so many slots, at most L, and is looked after every so many steps.
             rng: gives each image its seed; None takes torch's own of the CPU.
             seeds: the seeds, one an image: an image depends on its seed and what is asked for, not on the batch.
             batch_size: images at a time; None is `generate.default_batch_size`.
@@ -175,8 +176,8 @@ class MergeAR(Generator):
         options.check(len(config.groups))
         if cache not in ("merge", "full"):
             raise ConfigError(f"expected cache merge or full, got {cache!r}")
-        if chunk < 1:
-            raise ConfigError(f"expected chunk of at least 1, got {chunk}")
+        if not isinstance(chunk, int) or chunk < 1:
+            raise ConfigError(f"expected a whole number for chunk of at least 1, got {chunk!r}")
         request = resolve_request(config, classes, num_images, num_tokens, rng, seeds)
         kind = options.branches(len(config.groups))
         if classes is None or kind == "unconditional":
@@ -188,7 +189,7 @@ class MergeAR(Generator):
             2 if kind == "both" else 1,
             # With R = None nothing is dropped, and both caches are one.
             MergeCache if cache == "merge" and config.mask.recent is not None else FullCache,
-            chunk,
+            min(chunk, config.num_patches),
             compiled(next_token, self.device) if compile else next_token,
             dtype or torch.float32,
         )
@@ -197,7 +198,7 @@ class MergeAR(Generator):
         scales = torch.tensor(
             [options.scales(len(config.groups), t / max(1, config.num_patches - 1)) for t in range(config.num_patches)]
         )
-        with self.sampling_mode(dtype) as transformer:
+        with self.sampling_mode(dtype) as transformer, many_graphs(compile):
             return in_batches(
                 request, batch_size, lambda part: _sample_batch(transformer, part, plan, scales), on_images
             )
@@ -218,7 +219,7 @@ class Batch(NamedTuple):
     scales: Float[Tensor, "L G"]
     """Guidance."""
     total: Float[Tensor, ""]
-    """Sum of all logits so far, which is not finite if one of them was not: looked at once, at the end."""
+    """Sum of all guided logits so far, which is not finite if one of them was not: looked at once, at the end."""
 
 
 @dataclass(frozen=True)
@@ -331,10 +332,10 @@ def draw_token(
 
     def choose(group: int, logits: Tensor) -> Tensor:
         logits = logits.float()
-        batch.total.add_(logits.sum())
         if guided:
             conditional, unconditional = logits.chunk(2)
             logits = guide(conditional, unconditional, scale[group])
+        batch.total.add_(logits.sum())
         how = groups[group]
         return draw(filter_logits(logits, how.temperature, how.top_k, how.top_p), uniform[:, group])
 

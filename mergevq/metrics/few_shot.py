@@ -81,7 +81,7 @@ def few_shot(
         )
     right: dict[int, list[Tensor]] = {k: [] for k in shots}
     for draw in range(draws):
-        order, _, _ = by_class(labels, torch.Generator().manual_seed(seed * draws + draw))
+        order, _, _ = by_class(labels, torch.Generator().manual_seed((seed * draws + draw) % 2**64))
         starts = counts.cumsum(0) - counts
         for k in shots:
             chosen = order[starts[:, None] + torch.arange(k)].to(train.device)

@@ -4,7 +4,7 @@ import difflib
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mergevq.configuration import check_types
+from mergevq.configuration import check_seed, check_types
 from mergevq.errors import ConfigError
 
 PROBES = ("knn", "linear", "few-shot")
@@ -84,5 +84,6 @@ class ProbeConfig:
                 f"expected every k, shot and draws of at least 1 and a temperature above 0, got {list(self.ks)}, "
                 f"{list(self.shots)}, {self.draws} and {self.temperature}"
             )
+        check_seed(self.seed)
         if not 0 < self.held_out < 1:
             raise ConfigError(f"expected a held-out fraction between 0 and 1, got {self.held_out}")

@@ -121,7 +121,17 @@ class Encoder(nn.Module):
             branch_scale: what each block multiplies its attention's and its MLP's update of each image by: 0 leaves the
                 branch out, which is how stochastic depth (arXiv 1603.09382) trains. None is 1 everywhere.
         """
-        x, sizes, source = self.attend(*self.embed(images), schedule, branch_scale)
+        return self.keep(*self.embed(images), schedule, branch_scale)
+
+    def keep(
+        self,
+        x: Float[Tensor, "B T D"],
+        source: Int[Tensor, "B L"],
+        schedule: tuple[int, ...],
+        branch_scale: Float[Tensor, "depth 2 B"] | None = None,
+    ) -> EncoderOutput:
+        """Returns what `forward` does of what `embed` returned; the other arguments are those of `forward`."""
+        x, sizes, source = self.attend(x, source, schedule, branch_scale)
         class_token, tokens = x[:, 0], x[:, 1:]
         if sizes is not None and self.order == "raster":
             tokens, source = sort_by_raster(tokens, source)

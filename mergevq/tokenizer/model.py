@@ -103,13 +103,37 @@ class MergeVQ(nn.Module):
                 rows = [b for b, k in enumerate(asked_counts) if k == asked]
                 # A slice where all images keep as many: indexing with a list waits for a GPU.
                 chosen = slice(None) if len(rows) == len(counts) else rows
-                out = self._encode(images[chosen], asked)
-                z = self.quantizer.normalize(self.encoder.to_codes(out.tokens))
-                _check_finite(z, "the encoder's output")
-                index[chosen, :count] = codes_to_index(sign_codes(z))
-                source[chosen] = out.source
+                index[chosen, :count], source[chosen] = self._indices(*self.encoder.embed(images[chosen]), grid, asked)
         num = torch.tensor(counts, device=device)
         return MergedTokens(index, SourceMap(source, num), grid, self.config.num_bits, self.fingerprint(), num)
+
+    @torch.no_grad()
+    def encode_each(
+        self, images: Float[Tensor, "B 3 H W"], num_tokens: Sequence[int], dtype: torch.dtype | None = None
+    ) -> tuple[MergedTokens, ...]:
+        """Returns `encode(images, k)` for each K of several, running what does not depend on K only once.
+
+        Args:
+            images: as for `encode`, and so is `dtype`.
+            num_tokens: every K, 1 .. L, in any order.
+            dtype: arithmetic of the networks.
+
+        Raises:
+            ShapeError: images or num_tokens are not as described, or hold numbers that are not finite.
+        """
+        grid = check_images(images, self.config.downsampling)
+        counts = check_num_tokens(num_tokens, len(num_tokens), grid[0] * grid[1])
+        images = self._to_model(images)
+        with _arithmetic(images.device, dtype):
+            embedded = self.encoder.embed(images)
+            found = [self._indices(*embedded, grid, k) for k in counts]
+        tokens = []
+        for index, source in found:
+            num = torch.full((len(index),), index.shape[1], device=index.device)
+            tokens.append(
+                MergedTokens(index, SourceMap(source, num), grid, self.config.num_bits, self.fingerprint(), num)
+            )
+        return tuple(tokens)
 
     @torch.no_grad()
     def decode(self, tokens: MergedTokens) -> Float[Tensor, "B 3 H W"]:
@@ -316,6 +340,13 @@ class MergeVQ(nn.Module):
     def _encode(self, images: Tensor, num_tokens: int) -> EncoderOutput:
         out: EncoderOutput = self.encoder(images, self._schedule(self._grid(images), num_tokens))
         return out
+
+    def _indices(self, x: Tensor, source: Tensor, grid: tuple[int, int], num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Returns index [B, K] and source map [B, L] of what the encoder's `embed` returned."""
+        out = self.encoder.keep(x, source, self._schedule(grid, num_tokens))
+        z = self.quantizer.normalize(self.encoder.to_codes(out.tokens))
+        _check_finite(z, "the encoder's output")
+        return codes_to_index(sign_codes(z)), out.source.contiguous()
 
     def _schedule(self, grid: tuple[int, int], num_tokens: int) -> tuple[int, ...]:
         merging = self.config.merging

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
-from mergevq.configuration import check_types, config_to_dict
+from mergevq.configuration import check_seed, check_types, config_to_dict
 from mergevq.errors import ConfigError
 from mergevq.tokenizer.config import TokenizerConfig
 
@@ -253,6 +253,7 @@ def check_run(run: Any) -> None:
             "(fp16 needs a gradient scaler, which is missing here)"
         )
     check_types(run)
+    check_seed(run.loop.seed, "loop.seed")
     values = flat_config(run)
     for limit, names in _AT_LEAST.items():
         for name in names.split():

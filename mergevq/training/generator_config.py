@@ -145,7 +145,9 @@ def fit_model(run: GeneratorRun, facts: TokenFacts | Any) -> GeneratorRun:
     probs = loop.num_tokens_probs or (1.0,) * len(counts)
     drawn = sorted(k for k, p in zip(counts, probs, strict=True) if p > 0)
     check_num_tokens("loop.num_tokens", counts, facts.grid[0] * facts.grid[1])
-    own = model.num_tokens if drawn[0] <= model.num_tokens <= drawn[-1] else drawn[len(drawn) // 2]
+    own = drawn[len(drawn) // 2]
+    if drawn[0] <= model.num_tokens <= drawn[-1]:  # Within, but perhaps not one of them; of two as near the smaller.
+        own = min(drawn, key=lambda k: (abs(k - model.num_tokens), k))
     mask = model.mask
     if mask.recent == model.grid[1]:
         mask = replace(mask, recent=facts.grid[1])
@@ -161,7 +163,7 @@ def fit_model(run: GeneratorRun, facts: TokenFacts | Any) -> GeneratorRun:
         trained_num_tokens=(drawn[0], drawn[-1]),
         tokenizer=facts.tokenizer,
     )
-    val = loop.val_num_tokens or (min(counts, key=lambda k: (abs(k - own), k)),)
+    val = loop.val_num_tokens or (own,)
     check_num_tokens("loop.val_num_tokens", val, model.num_patches)
     return replace(run, model=model, loop=replace(loop, num_tokens=counts, val_num_tokens=val))
 

@@ -116,7 +116,6 @@ def token_stream(
         seed=loop.seed,
         num_tokens=loop.num_tokens,
         num_tokens_probs=loop.num_tokens_probs,
-        rank=rank,
         start_batch=start,
     )
 

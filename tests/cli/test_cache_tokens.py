@@ -83,7 +83,7 @@ def test_an_interrupted_run_is_gone_on_with(
 ) -> None:
     options = "--model model.safetensors --num-tokens 5 --shard-size 2 --batch-size 2"
     assert run(f"photos -o whole {options}") == 0
-    encode, calls = MergeVQ.encode, 0
+    encode, calls = MergeVQ.encode_each, 0
 
     def interrupted(self: MergeVQ, *args: Any) -> Any:
         nonlocal calls
@@ -92,7 +92,7 @@ def test_an_interrupted_run_is_gone_on_with(
             raise KeyboardInterrupt
         return encode(self, *args)
 
-    monkeypatch.setattr(MergeVQ, "encode", interrupted)
+    monkeypatch.setattr(MergeVQ, "encode_each", interrupted)
     assert run(f"photos -o cut {options}") == 130
     assert capsys.readouterr().err == "mergevq: interrupted\n"
     assert run(f"photos -o cut {options}") == 0

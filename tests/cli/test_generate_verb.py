@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -210,3 +211,20 @@ def test_models_that_do_not_belong_together_are_refused(generators, tiny_tokeniz
     assert run(tmp_path / "out", str(other), str(other)) == 2
     assert "generator" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_names_of_digits_are_names(generators: dict[str, str], tokenizer_file: str, tmp_path: Path) -> None:
+    model = MergeAR.from_pretrained(generators["raster"])
+    model.config = replace(model.config, class_names=("1", "10", "2"))
+    digits = str(model.save_pretrained(tmp_path / "digits.safetensors"))
+    assert run(tmp_path / "out", digits, tokenizer_file, "--classes", "2, 10,0") == 0
+    assert json.loads((tmp_path / "out" / "generate.json").read_text())["classes"] == [2, 1, 0]
+
+
+def test_a_seed_that_torch_cannot_take_leaves_no_trace(
+    generators: dict[str, str], tokenizer_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run(out, generators["raster"], tokenizer_file, "--seed", "9" * 23) == 2
+    assert f"expected --seed of at most 64 bits, got {'9' * 23}" in capsys.readouterr().err
+    assert not out.exists()

@@ -186,6 +186,23 @@ def test_precision_recall_and_the_reference_row(
     assert again.reference == reference and again.rows[0].kernel == row.kernel
 
 
+@pytest.mark.parametrize(
+    ("limit", "neighbour_limit", "same", "looked_at"),
+    [(None, None, True, 9), (3, None, False, 9), (3, 3, True, 3), (None, 3, False, 3), (99, None, True, 9)],
+)
+def test_close_images_are_looked_for_among_as_many_as_asked(
+    tiny_tokenizer: MergeVQ, data: Path, limit: int | None, neighbour_limit: int | None, same: bool, looked_at: int
+) -> None:
+    """Although reference and training images are one source."""
+    images = ImageFolder(data).part("train")
+    options: dict[str, Any] = {"limit": limit, "neighbour_limit": neighbour_limit}
+    report = evaluate_generation(
+        Noise(tiny_tokenizer), tiny_tokenizer, images, neighbours=images, num_images=2, network=None, **options
+    )
+    found = report.protocol["neighbours"]
+    assert (found["are_the_reference"], found["images"]) == (same, looked_at)
+
+
 def test_copies_of_training_images_are_found(
     tiny_tokenizer: MergeVQ, data: Path, network: FeatureNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -410,6 +427,7 @@ def test_bad_input_is_refused_before_anything_runs(tiny_tokenizer: MergeVQ, data
     refused(ConfigError, "limit of at least 1 and .* got 0 and None", limit=0)
     refused(ConfigError, "got -3 and 0", limit=-3, neighbour_limit=0)
     refused(ConfigError, "got None and -1", neighbour_limit=-1)
+    refused(ConfigError, "a seed of at most 64 bits", seed=2**64)
     refused(ConfigError, "guidance of at least 0", guidance=(1, -2))
     refused(ConfigError, "none twice", guidance=(1, 1.0))
     refused(ConfigError, "at least one setting", guidance=())

@@ -1,11 +1,18 @@
 """The references that the benchmarks compare with compute the same thing."""
 
+import json
+import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import generator, lfq
+from benchmarks import generator, lfq, merging
+from benchmarks.__main__ import main
 from benchmarks.measure import extra_memory, markdown
 from benchmarks.plain_tokenizer import PlainTokenizer
 from mergevq.generator.cache import num_slots
@@ -95,3 +102,50 @@ def test_the_driver_keeps_what_the_cache_would() -> None:
     for name in ("recent", "tokens", "counts", "older", "used"):
         assert torch.equal(getattr(walked.cache.state, name), getattr(skipped.cache.state, name)), name
     assert num_slots(walked.cache.state) == num_slots(skipped.cache.state)
+
+
+def test_a_benchmark_that_fails_loses_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> Any:
+        raise RuntimeError("out of memory")
+
+    def run(*only: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", ["benchmarks", "--name", "cpu", "--out", str(tmp_path), *only])
+        main()
+        return tables()
+
+    def tables() -> dict[str, Any]:
+        found = json.loads((tmp_path / "cpu.json").read_text())["tables"]
+        assert all(f"## {table['title']}" in (tmp_path / "cpu.md").read_text() for table in found.values())
+        return {name: table["rows"] for name, table in found.items()}
+
+    monkeypatch.setattr(lfq, "run", lambda _: ("LFQ", [{"ms": 1}], ""))
+    monkeypatch.setattr(merging, "stack", lambda _: ("Stack", [{"ms": 2}], ""))
+    assert run("--only", "lfq", "stack") == {"lfq": [{"ms": 1}], "stack": [{"ms": 2}]}
+    monkeypatch.setattr(lfq, "run", lambda _: ("LFQ", [{"ms": 3}], ""))
+    monkeypatch.setattr(merging, "unmerging", fail)
+    for only in ((), ("--only", "lfq", "unmerge")):
+        with pytest.raises(RuntimeError):
+            run(*only)
+        assert tables() == {"lfq": [{"ms": 3}], "stack": [{"ms": 2}]}
+
+
+@pytest.mark.compile
+def test_each_model_and_batch_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_all(drivers: dict[str, Callable[[], generator.Driver]], *_: Any) -> dict[str, list[float]]:
+        with torch.no_grad():
+            for make in drivers.values():
+                driver = make()
+                driver.start()
+                driver.run(3)
+        return {name: [1.0] for name in drivers}
+
+    monkeypatch.setattr(generator, "step_seconds", run_all)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    config = GeneratorConfig(
+        grid=(2, 2), num_bits=4, groups=(4,), num_classes=2, width=16, depth=1, group_depth=0, heads=2, num_tokens=4
+    )
+    for depth in (1, 2, 3):
+        model = generator.build(replace(config, depth=depth), "cpu")
+        for images in (1, 2):
+            given = torch.zeros(images, 4, dtype=torch.int64)
+            assert set(generator._both_caches(model, given, True, 4, 1, 1)) == {"full", "merge"}

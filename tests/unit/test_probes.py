@@ -150,6 +150,8 @@ def test_numbers_out_of_range_are_refused() -> None:
         ProbeConfig(probes=("kn", "linear"))
     with pytest.raises(ConfigError, match=r"between 0 and 1, got 1\.0"):
         ProbeConfig(held_out=1.0)
+    with pytest.raises(ConfigError, match="a seed of at most 64 bits"):
+        ProbeConfig(seed=2**64)
 
 
 def test_other_features_than_those_trained_on_are_refused(unchecked: None) -> None:

@@ -1,11 +1,13 @@
 """Random order: what a token sees in training, how many each step samples, and generation as a user meets it."""
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -291,12 +293,24 @@ def test_saving_and_loading(model: RandomAR, tmp_path: Path) -> None:
         ({"top_k": (1, 2, 3)}, "top_k"),
         ({"batch_size": 0}, "batch_size"),
         ({"seeds": [1, 2]}, "seeds"),
+        ({"seeds": [1.5]}, r"a seed that is a whole number, got 1\.5"),
+        ({"seeds": 5}, "a list of seeds, one an image, got 5"),
+        ({"seeds": [2**64]}, "a seed of at most 64 bits, got 18446744073709551616"),
+        ({"seeds": np.array([0.5])}, "a seed that is a whole number"),
+        ({"seeds": torch.tensor([0.5])}, "a seed that is a whole number"),
     ],
 )
 def test_bad_input_gets_one_line(model: RandomAR, unchecked: None, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         model.generate(**options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_numbers_of_numpy_and_torch_are_numbers(model: RandomAR, unchecked: None, kind: Any) -> None:
+    expected = model.generate([1, 2], seeds=[3, 4], num_tokens=5)
+    assert model.generate(kind([1, 2]), seeds=kind([3, 4]), num_tokens=kind(5)).equal(expected)
+    assert model.generate([kind(1), kind(2)], seeds=[kind(3), kind(4)], num_tokens=kind([5, 5])).equal(expected)
 
 
 def test_a_raster_configuration_or_file_is_refused(model: RandomAR, tmp_path: Path) -> None:
@@ -314,6 +328,28 @@ def test_damaged_weights_are_noticed(model: RandomAR) -> None:
     damaged.rank_instruction.vector.data[0] = torch.nan
     with pytest.raises(ShapeError, match="expected finite numbers in the logits, got NaN"):
         damaged.generate(num_images=2, steps=2)
+
+
+def test_numbers_that_only_guidance_makes_infinite_are_noticed(model: RandomAR) -> None:
+    large = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in large.transformer.heads.parameters():
+            parameter.mul_(1e34)
+    large.generate([0], steps=2, seeds=[1])
+    with pytest.raises(ShapeError, match="finite numbers in the logits, got NaN or infinity"):
+        large.generate([0], steps=2, seeds=[1], guidance=1e6)
+
+
+def test_nothing_is_copied_from_the_host_in_every_step(model: RandomAR, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    real = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *args, **options: made.append(args) or real(*args, **options))
+    counts = []
+    for steps in (2, 9):
+        made.clear()
+        model.generate([0], steps=steps, guidance=2.0, guidance_schedule="linear", seeds=[1])
+        counts.append(len(made))
+    assert counts[0] == counts[1]
 
 
 # ------------------------------------------------------------------------------------------------------------- learning

@@ -13,7 +13,7 @@ import mergevq
 from mergevq.errors import CheckpointError, ConfigError, MissingDependencyError, OutputExistsError, ShapeError
 from mergevq.files import read_header, save_tensors
 from mergevq.generator.config import GeneratorConfig, MaskConfig
-from mergevq.generator.generate import check_pair, default_batch_size, load_generator
+from mergevq.generator.generate import check_pair, default_batch_size, load_generator, resolve_classes
 from mergevq.generator.random_order import RandomAR
 from mergevq.generator.raster import MergeAR
 
@@ -222,7 +222,18 @@ def test_what_makes_no_sense_is_refused_in_one_line(model: MergeAR, arguments: d
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("cache", ["merge", "full"])
+def test_no_cache_has_more_slots_than_there_are_patches(model: MergeAR, cache: Any) -> None:
+    options: dict[str, Any] = {"seeds": [1], "cache": cache}
+    expected = model.generate([0], chunk=1, **options)
+    tokens, stats = model.generate_with_stats([0], chunk=100_000, **options)
+    assert tokens.equal(expected)
+    assert stats.cache_slots <= CONFIG.prefix_length + CONFIG.num_patches
+
+
 def test_words_of_no_meaning_are_refused(model: MergeAR, unchecked: None) -> None:
+    with pytest.raises(ConfigError, match=r"whole number for chunk of at least 1, got 2\.5"):
+        model.generate(chunk=2.5)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="cache merge or full, got 'small'"):
         model.generate(cache="small")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="a list of classes, one an image, got 'owl'"):
@@ -236,6 +247,15 @@ def test_a_generator_without_names_or_classes_says_so() -> None:
         randomised(replace(CONFIG, class_names=())).generate(["owl"])
     with pytest.raises(ConfigError, match="expected no classes"):
         randomised(replace(CONFIG, num_classes=0, class_names=())).generate([0])
+
+
+def test_a_word_of_digits_is_a_name_before_it_is_a_number() -> None:
+    """As the names of an `ImageFolder` are sorted: 10 is class 1."""
+    names = replace(CONFIG, class_names=("1", "10", "2"))
+    assert resolve_classes(["1", "10", "2", "0", 2], names) == [0, 1, 2, 0, 2]
+    assert resolve_classes(["1", "2"], replace(CONFIG, class_names=())) == [1, 2]
+    with pytest.raises(ConfigError, match=r"classes 0\.\.2, got 3"):
+        resolve_classes(["3"], names)
 
 
 def test_counts_outside_training_are_warned_of(model: MergeAR, caplog: pytest.LogCaptureFixture) -> None:
@@ -261,6 +281,16 @@ def test_damaged_weights_are_noticed_although_some_token_comes_out() -> None:
             model.transformer.get_submodule(name).weight[0, 0] = torch.nan
         with pytest.raises(ShapeError, match="finite numbers in the logits, got NaN"):
             model.generate([0], seeds=[1])
+
+
+def test_numbers_that_only_guidance_makes_infinite_are_noticed() -> None:
+    model = randomised()
+    with torch.no_grad():
+        for parameter in model.transformer.heads.parameters():
+            parameter.mul_(1e34)
+    model.generate([0], seeds=[1])
+    with pytest.raises(ShapeError, match="finite numbers in the logits, got NaN or infinity"):
+        model.generate([0], seeds=[1], guidance=1e6)
 
 
 def test_the_default_batch_fits_the_stated_memory() -> None:

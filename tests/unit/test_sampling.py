@@ -105,6 +105,21 @@ def test_filters_agree_with_the_definition(temperature: float, top_k: int, top_p
     torch.testing.assert_close(filter_logits(logits, temperature, top_k, top_p), torch.tensor(expected))
 
 
+def test_top_p_changes_nothing_that_stays_and_sorts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = random_logits(20, 64) * 3
+    logits[10:] = logits[10:].round()
+    logits[15:, ::3] = -torch.inf
+    ordered, order = logits.sort(stable=True, dim=-1, descending=True)
+    before = ordered.softmax(-1).cumsum(-1, dtype=torch.float64).roll(1, -1)
+    before[..., 0] = 0
+    expected = {
+        p: logits.masked_fill((before > p).gather(-1, order.argsort(-1)), -torch.inf) for p in (0.2, 0.9, 0.999)
+    }
+    monkeypatch.setattr(torch.Tensor, "argsort", None)
+    for top_p, kept in expected.items():
+        assert torch.equal(filter_logits(logits, top_p=top_p), kept)
+
+
 def test_ties_at_the_kth_logit_all_stay() -> None:
     kept = filter_logits(torch.tensor([[1.0, 3.0, 2.0, 2.0, 0.0]]), top_k=2).isfinite()
     assert kept.tolist() == [[False, True, True, True, False]]
@@ -249,6 +264,7 @@ def test_one_value_is_given_to_all_groups_and_many_to_each() -> None:
         ({"top_p": math.nan}, "top_p"),
         ({"guidance": -1}, "guidance of at least 0"),
         ({"guidance": (1.0, math.nan)}, "guidance"),
+        ({"guidance": 1e39}, r"at most 1e\+06, got 1e\+39"),
         ({"guidance": (1.0, 1.0, 1.0)}, "one for each of the 2 bit groups, got 3"),
         ({"temperature": ()}, "got 0"),
         ({"schedule": "stepwise"}, "power_cosine"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import pad
 
 from mergevq.data.augment import Views
 from mergevq.data.cache_writer import write_token_cache
@@ -82,7 +83,9 @@ def column(batches: Iterable[TokenBatch], name: str) -> list[int]:
 
 
 def joined(parts: Sequence[TokenBatch]) -> TokenBatch:
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    width = max(part["index"].shape[1] for part in parts)
+    wide = [{**part, "index": pad(part["index"], (0, width - part["index"].shape[1]))} for part in parts]
+    return {key: torch.cat([part[key] for part in wide]) for key in wide[0]}
 
 
 # ------------------------------------------------------------------------------------------------------ from a cache
@@ -124,9 +127,9 @@ def test_resuming_in_mid_epoch_continues_exactly(cache: TokenCache) -> None:
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_processes_share_the_batches_of_one(cache: TokenCache, world_size: int) -> None:
-    one = take(token_batches(cache, batch_size=2 * world_size, seed=3, width=40), 14)
+    one = take(token_batches(cache, batch_size=2 * world_size, seed=3), 14)
     ranks = [
-        take(token_batches(cache, batch_size=2, seed=3, width=40, rank=rank, world_size=world_size), 14)
+        take(token_batches(cache, batch_size=2, seed=3, rank=rank, world_size=world_size), 14)
         for rank in range(world_size)
     ]
     assert equal([joined(parts) for parts in zip(*ranks, strict=True)], one)
@@ -168,9 +171,8 @@ def test_evaluation_sees_every_image_once_in_order(cache: TokenCache) -> None:
     assert equal([joined(batches)], [cache.batch(range(COUNT), 20, "flip")])
     shared = [evaluation_token_batches(cache, batch_size=5, num_tokens=5, rank=r, world_size=3) for r in range(3)]
     assert sorted(column(itertools.chain(*shared), "number")) == list(range(COUNT))
-    some = list(evaluation_token_batches(cache, batch_size=3, num_tokens=5, limit=4, width=9))
+    some = list(evaluation_token_batches(cache, batch_size=3, num_tokens=5, limit=4))
     assert column(some, "number") == [0, 5, 11, 16]
-    assert some[0]["index"].shape == (3, 9)
     assert len(column(evaluation_token_batches(cache, batch_size=5, num_tokens=5, limit=99), "number")) == COUNT
 
 
@@ -189,25 +191,22 @@ def test_encoded_batches_hold_what_encode_returns(tok: MergeVQ, data: ImageFolde
     def images(start: int = 0) -> Iterator[Batch]:
         return training_batches(data, Views(32, flip=True), batch_size=4, seed=2, start_batch=start)
 
-    for per_sample in (False, True):
-        options: dict[str, Any] = {"seed": 2, "num_tokens": (40, 5), "per_sample": per_sample, "width": 41}
-        batches = take(encoded_batches(tok, images(), **options), 8)
-        kinds = [len(set(batch["num_tokens"].tolist())) for batch in batches]
-        assert max(kinds) == (2 if per_sample else 1)
-        assert set(column(batches, "num_tokens")) == {40, 5}
-        for batch, shown in zip(batches, images(), strict=False):
-            tokens = tok.encode(shown["image"], batch["num_tokens"].tolist())
-            assert torch.equal(batch["index"].gather(1, batch["source"]), tokens.full_index())
-            assert batch["index"].shape == (4, 41) and not batch["index"][:, 40:].any()
-            assert torch.equal(batch["number"], shown["number"]) and torch.equal(batch["label"], shown["label"])
-        assert equal(take(encoded_batches(tok, images(3), start_batch=3, **options), 5), batches[3:])
+    options: dict[str, Any] = {"seed": 2, "num_tokens": (40, 5)}
+    batches = take(encoded_batches(tok, images(), **options), 8)
+    assert all(len(set(batch["num_tokens"].tolist())) == 1 for batch in batches)
+    assert set(column(batches, "num_tokens")) == {40, 5}
+    for batch, shown in zip(batches, images(), strict=False):
+        tokens = tok.encode(shown["image"], batch["num_tokens"].tolist())
+        assert torch.equal(batch["index"], tokens.index)
+        assert torch.equal(batch["index"].gather(1, batch["source"]), tokens.full_index())
+        assert torch.equal(batch["number"], shown["number"]) and torch.equal(batch["label"], shown["label"])
+    assert equal(take(encoded_batches(tok, images(3), start_batch=3, **options), 5), batches[3:])
 
 
-@pytest.mark.parametrize("per_sample", [False, True])
-def test_processes_draw_the_k_of_one(tok: MergeVQ, data: ImageFolder, per_sample: bool) -> None:
+def test_processes_draw_the_k_of_one(tok: MergeVQ, data: ImageFolder) -> None:
     def drawn(batch_size: int, rank: int, world_size: int) -> list[list[int]]:
         images = training_batches(data, Views(32), batch_size=batch_size, seed=0, rank=rank, world_size=world_size)
-        tokens = encoded_batches(tok, images, seed=0, num_tokens=(3, 4, 5), per_sample=per_sample, rank=rank)
+        tokens = encoded_batches(tok, images, seed=0, num_tokens=(3, 4, 5))
         return [batch["num_tokens"].tolist() for batch in take(tokens, 6)]
 
     ranks = [drawn(2, rank, 2) for rank in range(2)]
@@ -220,7 +219,6 @@ def test_processes_draw_the_k_of_one(tok: MergeVQ, data: ImageFolder, per_sample
 def test_impossible_arguments_are_told_at_once(cache: TokenCache, tok: MergeVQ, images: torch.Tensor) -> None:
     for wrong, changed in (
         ("num_tokens among 5, 20, 40, got 7", {"num_tokens": (7,)}),
-        ("width of at least 40", {"width": 39}),
         ("have 3 entries, one for each K, got 2", {"num_tokens_probs": (1.0, 1.0)}),
         ("at least 0 and not all 0", {"num_tokens_probs": (0.0, 0.0, 0.0)}),
         ("at least 0 and not all 0", {"num_tokens_probs": (1.0, -1.0, 1.0)}),
@@ -241,8 +239,6 @@ def test_impossible_arguments_are_told_at_once(cache: TokenCache, tok: MergeVQ, 
             evaluation_token_batches(cache, **{"batch_size": 4, "num_tokens": 5, **changed})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="at least one num_tokens"):
         encoded_batches(tok, [], seed=0, num_tokens=())
-    with pytest.raises(ConfigError, match="width of at least 9"):
-        encoded_batches(tok, [], seed=0, num_tokens=(9,), width=8)
     batch = {"image": images, "label": torch.zeros(3), "number": torch.zeros(3)}
     with pytest.raises(ShapeError, match=r"1\.\.64"):
         next(encoded_batches(tok, [batch], seed=0, num_tokens=(65,)))

@@ -88,7 +88,11 @@ def stop_after(images: int) -> Callable[[int], None]:
 def test_a_cache_gives_back_what_encode_returned(
     write: Callable[..., TokenCache], tiny_tokenizer: MergeVQ, data: ImageFolder, tmp_path: Path
 ) -> None:
+    ran: list[int] = []
+    hook = tiny_tokenizer.encoder.stem.register_forward_hook(lambda *_: ran.append(1))
     cache = write(tmp_path / "cache")
+    hook.remove()
+    assert len(ran) == 2 * 6, "convolutions run once for each view of each batch, whatever K"
     good = [i for i in range(COUNT) if i != BROKEN]
     assert (len(cache), cache.num_images, cache.num_tokens, cache.views) == (10, 10, (5, 20), ("crop", "flip"))
     assert (cache.grid, cache.num_bits, cache.tokenizer) == ((8, 8), 6, tiny_tokenizer.fingerprint())
@@ -221,13 +225,13 @@ def test_the_tokenizer_is_used_in_evaluation_mode_and_left_as_it_was(
     write: Callable[..., TokenCache], tiny_tokenizer: MergeVQ, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     modes = []
-    encode = MergeVQ.encode
+    encode = MergeVQ.encode_each
 
     def watched(self: MergeVQ, *args: Any, **kwargs: Any) -> Any:
         modes.append(self.training)
         return encode(self, *args, **kwargs)
 
-    monkeypatch.setattr(MergeVQ, "encode", watched)
+    monkeypatch.setattr(MergeVQ, "encode_each", watched)
     tiny_tokenizer.train()
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "cache", on_images=stop_after(2))

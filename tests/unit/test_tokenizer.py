@@ -49,6 +49,21 @@ def test_every_k_is_met_exactly(tiny_tokenizer: MergeVQ, images: torch.Tensor) -
         assert (tokens.source.first().diff(dim=1) > 0).all()
 
 
+def test_several_k_at_once_equal_each_alone(tiny_tokenizer: MergeVQ, images: torch.Tensor) -> None:
+    stem, ran = tiny_tokenizer.encoder.stem, []
+    stem.register_forward_hook(lambda *_: ran.append(1))
+    for dtype in (None, torch.bfloat16):
+        counts = (20, 64, 5, 20)
+        expected = [tiny_tokenizer.encode(images, k, dtype) for k in counts]
+        ran.clear()
+        together = tiny_tokenizer.encode_each(images, counts, dtype)
+        assert len(ran) == 1
+        assert all(a.equal(b) for a, b in zip(together, expected, strict=True))
+    for wrong in ((20, 65), (0,)):
+        with pytest.raises(ShapeError, match=r"integer in 1\.\.64"):
+            tiny_tokenizer.encode_each(images, wrong)
+
+
 def test_one_k_per_image_equals_each_image_alone(tiny_tokenizer: MergeVQ, images: torch.Tensor) -> None:
     counts = [20, 5, 20]
     together = tiny_tokenizer.encode(images, counts)
