@@ -40,6 +40,11 @@ def sequences(length: int, num_tokens: int, images: int) -> Tensor:
     return torch.cat([tok.encode(batch["image"], num_tokens).full_index() for batch in batches])
 
 
+def on_grid(config: GeneratorConfig, side: int) -> GeneratorConfig:
+    """Returns the configuration for a square grid, of which a row is in sight."""
+    return replace(config, grid=(side, side), mask=replace(config.mask, recent=side))
+
+
 def build(config: GeneratorConfig, device: str) -> MergeAR:
     torch.manual_seed(0)
     model = MergeAR(config)
@@ -135,7 +140,7 @@ def speed(quick: bool, device: str = "cpu") -> Table:
     rows = []
     for length, num_tokens in ((256, 144), (256, 64), (1024, 256)):
         side = int(length**0.5)
-        model = build(replace(base, grid=(side, side)), device)
+        model = build(on_grid(base, side), device)
         for images in (1, 8) if quick else (1, 8, 64):
             given = sequences(length, num_tokens, images)
             for compiled in (False, True):
@@ -161,8 +166,8 @@ def speed(quick: bool, device: str = "cpu") -> Table:
     return (
         f"Sampling with both caches, a generator of {size:.0f} million parameters",
         rows,
-        f"R = 2, without guidance, float32, chunk 32. {_DUPLICATES} A step is the mean over stretches at 1/8, 3/8, 5/8 "
-        "and 7/8 of the image; tokens/s and images/s follow from it.",
+        f"R is a row of the grid, without guidance, float32, chunk 32. {_DUPLICATES} A step is the mean over stretches "
+        "at 1/8, 3/8, 5/8 and 7/8 of the image; tokens/s and images/s follow from it.",
     )
 
 
@@ -189,7 +194,7 @@ def sizes(quick: bool) -> Table:
     images = 8 if quick else 64
     for length, num_tokens in ((256, 144), (256, 64), (1024, 256)):
         side = int(length**0.5)
-        config = replace(presets.generator("l_256").model, grid=(side, side), depth=1, group_depth=0)
+        config = replace(on_grid(presets.generator("l_256").model, side), depth=1, group_depth=0)
         model = build(config, "cpu")
         given = sequences(length, num_tokens, images)
         distinct = max(len(set(row.tolist())) for row in given)
@@ -210,7 +215,7 @@ def sizes(quick: bool) -> Table:
                     "most distinct": distinct,
                     "slots full": num_slots(found["full"]),
                     "slots merge": num_slots(found["merge"]),
-                    "bound": config.prefix_length + 2 + distinct + 2 * chunk - 1,
+                    "bound": config.prefix_length + side + distinct + 2 * chunk - 1,
                     "MiB an image full": layers[0] / 2**20,
                     "MiB an image merge": layers[1] / 2**20,
                     "merge / full": num_slots(found["merge"]) / num_slots(found["full"]),
@@ -220,7 +225,8 @@ def sizes(quick: bool) -> Table:
     return (
         "Slots and bytes of the caches of l_256",
         rows,
-        f"R = 2, a batch of {images}, whose fullest image decides the merge cache's slots; float32, one branch. "
+        f"R is a row of the grid, a batch of {images}, whose fullest image decides the merge cache's slots; float32, "
+        "one branch. "
         f"{_DUPLICATES} The bound is prefix + R + most distinct + 2 chunk - 1.",
     )
 
@@ -307,7 +313,7 @@ def attention_share(quick: bool, device: str = "cpu") -> Table:
     attention = transformer_module.scaled_dot_product_attention
     for length, num_tokens in ((256, 144), (1024, 256)):
         side = int(length**0.5)
-        model = build(replace(config, grid=(side, side), depth=depth), device)
+        model = build(replace(on_grid(config, side), depth=depth), device)
         for images in (1, 8) if quick else (1, 8, 32):
             given = sequences(length, num_tokens, images)
             for name in CACHES:
