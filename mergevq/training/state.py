@@ -14,6 +14,7 @@ from mergevq.files import load_strict
 from mergevq.losses.adversarial import LeCam, PatchDiscriminator
 from mergevq.tokenizer.config import TokenizerConfig
 from mergevq.tokenizer.model import MergeVQ
+from mergevq.tokenizer.recovery import fit_queries
 from mergevq.training.config import TokenizerRun, flat_config
 from mergevq.training.optim import average_weights, build_adamw
 from mergevq.training.precision import choose_dtype
@@ -176,7 +177,8 @@ def differing_fields(given: TokenizerConfig, own: TokenizerConfig, ignored: Sequ
 def start_from(state: TrainState, name: str | Path) -> list[str]:
     """Gives the model and its average the weights of a tokenizer; returns notices about parts only one of them has.
 
-    Recovery and alignment are kept as they are if the tokenizer lacks them, and left out if the run does.
+    Recovery and alignment are kept as they are if the tokenizer lacks them, and left out if the run does. For another
+    image size the recovery's queries are resized.
 
     Raises:
         CheckpointError: there is no such tokenizer, or its weights have other shapes.
@@ -191,7 +193,12 @@ def start_from(state: TrainState, name: str | Path) -> list[str]:
         raise ConfigError(f"expected the model of this run in {name}, got other {', '.join(differing)}: set them alike")
     tensors = {k: v for k, v in given.state_dict().items() if k.split(".")[0] not in unused}
     tensors |= {k: v for k, v in state.model.state_dict().items() if k.split(".")[0] in missing}
+    resized: list[str] = []
+    if given.recovery is not None and state.model.recovery is not None:
+        rows, columns = state.model.recovery.queries.shape[-2:]
+        fitted, resized = fit_queries(given.recovery, (rows, columns), str(name))
+        tensors |= {f"recovery.{k}": v for k, v in fitted.items()}
     load_strict(state.model, tensors, str(name))
     load_strict(state.ema.module, tensors, str(name))
     notices = [f"{name} has no {part}: it starts from random weights" for part in missing]
-    return notices + [f"{name} has a {part} that this run does not train: it is left out" for part in unused]
+    return notices + resized + [f"{name} has a {part} that this run does not train: it is left out" for part in unused]
