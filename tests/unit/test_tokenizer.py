@@ -13,6 +13,8 @@ from mergevq.files import load_tensors, read_header, save_tensors
 from mergevq.losses.alignment import alignment_loss
 from mergevq.merging import SourceMap
 from mergevq.tokenizer.config import (
+    AlignmentConfig,
+    DecoderConfig,
     EncoderConfig,
     MergingConfig,
     RecoveryConfig,
@@ -312,6 +314,18 @@ def test_bad_k_is_refused(tiny_tokenizer: MergeVQ, images: torch.Tensor, bad: in
             call(images, bad)
 
 
+def _encoder(**change: object) -> EncoderConfig:
+    return replace(
+        EncoderConfig(channels=8, multipliers=(1, 2), blocks=(1, 1), stem_stride=2, depth=2, heads=2), **change
+    )
+
+
+def _decoder(**change: object) -> DecoderConfig:
+    return replace(
+        DecoderConfig(channels=8, multipliers=(1, 2), blocks=(1, 1), output_stride=2, depth=1, heads=2), **change
+    )
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -339,12 +353,37 @@ def test_bad_k_is_refused(tiny_tokenizer: MergeVQ, images: torch.Tensor, bad: in
         lambda: {
             "encoder": EncoderConfig(channels=8, multipliers=(1, 2), blocks=(1, 1), stem_stride=2, depth=0, heads=2)
         },
+        lambda: {"encoder": EncoderConfig(kind="vit", patch_size=4, vit_width=0, depth=1, heads=2)},
+        lambda: {"encoder": EncoderConfig(kind="vit", patch_size=0, vit_width=16, depth=1, heads=2)},
+        lambda: {"encoder": _encoder(channels=0)},
+        lambda: {"encoder": _encoder(multipliers=(-1, 2))},
+        lambda: {"encoder": _encoder(multipliers=(), blocks=())},
+        lambda: {"encoder": _encoder(channels=6, multipliers=(2, 4))},
+        lambda: {"decoder": _decoder(channels=0)},
+        lambda: {"decoder": _decoder(multipliers=(-1, 2))},
+        lambda: {"decoder": _decoder(multipliers=(), blocks=())},
+        lambda: {"recovery": RecoveryConfig(width=0)},
+        lambda: {"recovery": RecoveryConfig(width=-32, heads=2)},
+        lambda: {"alignment": AlignmentConfig(teacher_dim=0)},
+        lambda: {"alignment": AlignmentConfig(teacher_dim=10, blocks=-1)},
     ],
 )
 @pytest.mark.usefixtures("unchecked")
 def test_impossible_configurations_are_refused(tiny_config: TokenizerConfig, change: Callable[[], dict]) -> None:
-    with pytest.raises(ConfigError, match=r"must|need"):
+    with pytest.raises(ConfigError, match=r"must|need") as caught:
         replace(tiny_config, **change())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_the_width_of_a_vit_is_refused_where_group_norm_would_be(tiny_config: TokenizerConfig) -> None:
+    with pytest.raises(ConfigError, match="encoder widths must be multiples of num_groups 16, got 200"):
+        replace(
+            tiny_config,
+            num_groups=16,
+            encoder=EncoderConfig(kind="vit", patch_size=4, vit_width=200, depth=1, heads=4),
+            decoder=replace(tiny_config.decoder, channels=16),
+        )
 
 
 @pytest.mark.usefixtures("unchecked")
