@@ -225,10 +225,21 @@ class TokenizerRun(Run):
         check_num_tokens("loop.num_tokens", loop.num_tokens, self.model.num_patches)
         check_num_tokens("loop.val_num_tokens", loop.val_num_tokens, self.model.num_patches)
         check_probabilities(loop.num_tokens, loop.num_tokens_probs)
+        side = self.model.image_size >> self.loss.disc_layers
+        if self.loss.weights.adversarial > 0 and side < _DISC_SIDE:
+            least = _DISC_SIDE << self.loss.disc_layers
+            raise ConfigError(
+                f"loss.disc_layers {self.loss.disc_layers} needs images of at least {least} pixels, got "
+                f"model.image_size {self.model.image_size}: set fewer layers, or loss.weights.adversarial to 0"
+            )
         if self.loss.weights.adversarial == 0 and self.loss.weights.lecam > 0:
             weights = replace(self.loss.weights, lecam=0.0)
             object.__setattr__(self, "loss", replace(self.loss, weights=weights))
 
+
+# Side that the strided layers of the discriminator must leave: each halves it, rounded down, and the two convolutions
+# after them take 1 off each.
+_DISC_SIDE = 3
 
 # Fields with a lower limit that they must reach, and those that must be above 0; a run need not have all of them.
 _AT_LEAST = {
