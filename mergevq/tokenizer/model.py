@@ -123,15 +123,7 @@ class MergeVQ(nn.Module):
             TokenFileError: another tokenizer made the tokens.
             CheckpointError: the source is missing and this model has no recovery.
         """
-        if tokens.num_bits != self.config.num_bits:
-            raise ShapeError(
-                f"expected tokens of {self.config.num_bits} bits, got {tokens.num_bits}: another tokenizer made them"
-            )
-        if tokens.tokenizer is not None and tokens.tokenizer != self.fingerprint():
-            raise TokenFileError(
-                f"expected tokens of tokenizer {self.fingerprint()[:12]}, got tokens of {tokens.tokenizer[:12]}: "
-                "decode them with the model that made them"
-            )
+        self._check_tokens(tokens)
         device = self.encoder.class_token.device
         tokens = tokens.to(device)
         with _arithmetic(device, None):
@@ -146,8 +138,11 @@ class MergeVQ(nn.Module):
         """Returns the tokens with the source map that the recovery model predicts; a token may get no patch.
 
         Raises:
+            ShapeError: the tokens have another number of bits.
+            TokenFileError: another tokenizer made the tokens.
             CheckpointError: this model has no recovery.
         """
+        self._check_tokens(tokens)
         tokens = tokens.to(self.encoder.class_token.device)
         with torch.no_grad(), _arithmetic(tokens.index.device, None):
             source = self._recover(index_to_codes(tokens.index, tokens.num_bits), tokens)
@@ -322,6 +317,17 @@ class MergeVQ(nn.Module):
         return merge_schedule(
             grid[0] * grid[1], num_tokens, self.config.encoder.depth, merging.schedule, merging.overflow
         )
+
+    def _check_tokens(self, tokens: MergedTokens) -> None:
+        if tokens.num_bits != self.config.num_bits:
+            raise ShapeError(
+                f"expected tokens of {self.config.num_bits} bits, got {tokens.num_bits}: another tokenizer made them"
+            )
+        if tokens.tokenizer is not None and tokens.tokenizer != self.fingerprint():
+            raise TokenFileError(
+                f"expected tokens of tokenizer {self.fingerprint()[:12]}, got tokens of {tokens.tokenizer[:12]}: "
+                "decode them with the model that made them"
+            )
 
     def _recover(self, codes: Tensor, tokens: MergedTokens) -> Tensor:
         num_patches = tokens.grid[0] * tokens.grid[1]

@@ -242,10 +242,13 @@ def test_tokens_of_another_tokenizer_are_refused(
 ) -> None:
     tokens = tiny_tokenizer.encode(images, 20)
     torch.manual_seed(9)
-    with pytest.raises(TokenFileError, match="expected tokens of tokenizer"):
-        MergeVQ(tiny_config).decode(tokens)
-    with pytest.raises(ShapeError, match="8 bits, got 6"):
-        MergeVQ(replace(tiny_config, num_bits=8)).decode(replace(tokens, tokenizer=None))
+    other, wider = MergeVQ(tiny_config), MergeVQ(replace(tiny_config, num_bits=8))
+    for call, wide in ((other.decode, wider.decode), (other.recover, wider.recover)):
+        for given in (tokens, tokens.without_source()):
+            with pytest.raises(TokenFileError, match="expected tokens of tokenizer"):
+                call(given)
+            with pytest.raises(ShapeError, match="8 bits, got 6"):
+                wide(replace(given, tokenizer=None))
     with pytest.raises(ShapeError, match="source map"):
         replace(tokens, tokenizer=None, source=SourceMap.identity(3, 64))
 
