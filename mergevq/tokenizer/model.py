@@ -174,7 +174,7 @@ class MergeVQ(nn.Module):
 
         Args:
             images: float in [-1, 1].
-            num_tokens: K; None merges nothing.
+            num_tokens: K of all images; None merges nothing.
             kind: class token, mean of the tokens by size, both, or one vector a patch; see `FeatureKind`.
             quantized: take the codes, N numbers that are -1 or +1 (straight-through), instead of the semantic tokens
                 of width D.
@@ -185,8 +185,9 @@ class MergeVQ(nn.Module):
         """
         check_features(kind, quantized)
         grid = check_images(images, self.config.downsampling)
-        count = grid[0] * grid[1] if num_tokens is None else num_tokens
-        check_num_tokens(count, images.shape[0], grid[0] * grid[1])
+        patches = grid[0] * grid[1]
+        # In a list of one: all images have the same K here.
+        (count,) = check_num_tokens([patches if num_tokens is None else num_tokens], 1, patches)
         out = self._encode(self._to_model(images), count)
         tokens = self.quantizer.codes(self.encoder.to_codes(out.tokens)) if quantized else out.tokens
         features = choose_features(kind, out.class_token, tokens, out.source, grid)
@@ -207,8 +208,7 @@ class MergeVQ(nn.Module):
         """
         check_images(images, self.config.downsampling)
         full = self.config.num_patches
-        count = full if num_tokens is None else num_tokens
-        check_num_tokens(count, images.shape[0], full)
+        (count,) = check_num_tokens([full if num_tokens is None else num_tokens], 1, full)
         return self.forward_alignment(self._to_model(images), count)
 
     # --------------------------------------------------------------------------------------------------------- training

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -308,6 +309,26 @@ def test_broken_weights_are_not_saved(tiny_tokenizer: MergeVQ, tmp_path: Path) -
 def test_bad_images_are_refused(tiny_tokenizer: MergeVQ, images: torch.Tensor, make, match: str, call: str) -> None:
     with pytest.raises(ShapeError, match=match):
         getattr(tiny_tokenizer, call)(make(images))
+
+
+@pytest.mark.parametrize("make", [np.array, torch.tensor, tuple])
+@pytest.mark.usefixtures("unchecked")
+def test_k_may_come_in_an_array(tiny_tokenizer: MergeVQ, images: torch.Tensor, make: Callable) -> None:
+    assert tiny_tokenizer.encode(images, make([20, 5, 64])).equal(tiny_tokenizer.encode(images, [20, 5, 64]))
+    with pytest.raises(ShapeError, match=r"one num_tokens per image \(3\)"):
+        tiny_tokenizer.encode(images, make([20, 5]))
+    for bad in ([[20], [5], [64]], [20.0, 5.0, 64.0], [True, True, True]):
+        with pytest.raises(ShapeError, match="an integer in"):
+            tiny_tokenizer.encode(images, make(bad))
+
+
+@pytest.mark.parametrize("make", [np.array, torch.tensor, list])
+@pytest.mark.usefixtures("unchecked")
+def test_features_and_alignment_have_one_k(tiny_tokenizer: MergeVQ, images: torch.Tensor, make: Callable) -> None:
+    for call in (tiny_tokenizer.features, tiny_tokenizer.align):
+        with pytest.raises(ShapeError, match=r"an integer in 1\.\.64"):
+            call(images, make([3, 4, 5]))
+        assert torch.equal(call(images, np.int64(4)), call(images, 4))
 
 
 @pytest.mark.parametrize("bad", [0, 65, -1])
