@@ -11,6 +11,7 @@ import torch
 from mergevq.configuration import config_from_dict, config_to_dict
 from mergevq.errors import CheckpointError, ConfigError, ShapeError, TokenFileError
 from mergevq.files import load_tensors, read_header, save_tensors
+from mergevq.layers.norm import GroupNorm
 from mergevq.losses.alignment import alignment_loss
 from mergevq.merging import SourceMap
 from mergevq.tokenizer.config import (
@@ -158,6 +159,33 @@ def test_alignment_teaches_the_encoder_merged_or_not(
     reached = {name.split(".")[0] for name, p in tiny_tokenizer.named_parameters() if p.grad is not None}
     assert reached == {"encoder", "alignment"}
     assert tiny_tokenizer.encoder.stem.conv_in.weight.grad.abs().sum() > 0
+
+
+def test_groups_of_one_channel_do_for_one_token(tiny_config: TokenizerConfig, images: torch.Tensor) -> None:
+    model = MergeVQ(
+        replace(
+            tiny_config,
+            num_groups=8,
+            encoder=replace(tiny_config.encoder, multipliers=(1, 1)),
+            decoder=replace(tiny_config.decoder, multipliers=(1, 1)),
+        )
+    ).eval()
+    alone = model.encode(images[:1], 1)
+    assert torch.isfinite(model.decode(alone)).all()
+    assert model.encode(images, [1, 64, 1])[0].equal(alone)
+    assert model.reconstruct(images[:1, :, :4, :4]).shape == (1, 3, 4, 4)
+    model.train()(images[:1], 1).reconstruction.sum().backward()
+
+
+def test_group_norm_is_that_of_torch(images: torch.Tensor) -> None:
+    x = images.repeat(1, 4, 1, 1).requires_grad_()
+    ours, theirs = GroupNorm(4, 12, eps=1e-6), torch.nn.GroupNorm(4, 12, eps=1e-6)
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            a, b = ours(x.to(dtype)), theirs(x.to(dtype))
+        assert a.dtype == b.dtype and torch.equal(a, b)
+        grads = [torch.autograd.grad(y.float().square().sum(), x)[0] for y in (a, b)]
+        assert torch.equal(*grads)
 
 
 def test_quantization_sees_normalised_numbers(tiny_tokenizer: MergeVQ, images: torch.Tensor) -> None:
