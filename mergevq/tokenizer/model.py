@@ -20,7 +20,7 @@ from mergevq.tokenizer.decoder import Decoder
 from mergevq.tokenizer.encoder import Encoder, EncoderOutput
 from mergevq.tokenizer.features import FeatureKind, check_features, choose_features
 from mergevq.tokenizer.fingerprint import fingerprint
-from mergevq.tokenizer.inputs import check_images
+from mergevq.tokenizer.inputs import check_images, kept_tokens
 from mergevq.tokenizer.model_file import read_config, write_model
 from mergevq.tokenizer.recovery import SourceRecovery
 from mergevq.tokens import MergedTokens
@@ -90,9 +90,7 @@ class MergeVQ(nn.Module):
         asked_counts = check_num_tokens(
             self._default_tokens(grid) if num_tokens is None else num_tokens, images.shape[0], grid[0] * grid[1]
         )
-        # A converted model may miss K where it would have to merge more than half at once; what it keeps instead is
-        # what counts.
-        kept = {count: grid[0] * grid[1] - sum(self._schedule(grid, count)) for count in sorted(set(asked_counts))}
+        kept = {count: kept_tokens(self.config, grid[0] * grid[1], count) for count in sorted(set(asked_counts))}
         counts = [kept[count] for count in asked_counts]
         images = self._to_model(images)
         device = images.device
