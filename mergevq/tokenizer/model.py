@@ -1,7 +1,6 @@
 """MergeVQ, the tokenizer: images to merged tokens and back."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from mergevq.merging import SourceMap, check_num_tokens, merge_schedule, unmerge
 from mergevq.model_files import find_model_file
 from mergevq.quantize import LFQ, Quantized, codes_to_index, index_to_codes, sign_codes
 from mergevq.tokenizer.alignment import AlignmentHead
+from mergevq.tokenizer.arithmetic import arithmetic
 from mergevq.tokenizer.config import TokenizerConfig
 from mergevq.tokenizer.decoder import Decoder
 from mergevq.tokenizer.encoder import Encoder, EncoderOutput
@@ -80,8 +80,8 @@ class MergeVQ(nn.Module):
         Args:
             images: float in [-1, 1], on any device; the downsampling divides H and W.
             num_tokens: K for all images, or one K per image, 1 .. L; None is `config.num_tokens` (at most L).
-            dtype: arithmetic of the networks, for example torch.bfloat16. None is float32, also inside autocast: that
-                is how tokens are defined.
+            dtype: arithmetic of the networks, for example torch.bfloat16. None is float32, also inside autocast and
+                where a GPU would round to TF32: that is how tokens are defined.
 
         Raises:
             ShapeError: images or num_tokens are not as described, or hold numbers that are not finite.
@@ -96,7 +96,7 @@ class MergeVQ(nn.Module):
         device = images.device
         index = torch.zeros(len(counts), max(counts), dtype=torch.int64, device=device)
         source = torch.zeros(len(counts), grid[0] * grid[1], dtype=torch.int64, device=device)
-        with _arithmetic(device, dtype):
+        with arithmetic(device, dtype):
             for asked, count in kept.items():
                 rows = [b for b, k in enumerate(asked_counts) if k == asked]
                 # A slice where all images keep as many: indexing with a list waits for a GPU.
@@ -124,7 +124,7 @@ class MergeVQ(nn.Module):
         self._check_tokens(tokens)
         device = self.encoder.class_token.device
         tokens = tokens.to(device)
-        with _arithmetic(device, None):
+        with arithmetic(device, None):
             codes = index_to_codes(tokens.index, tokens.num_bits)
             source = tokens.source.index if tokens.source is not None else self._recover(codes, tokens)
             grid_codes = unmerge(codes, source).mT.unflatten(2, tokens.grid)
@@ -142,7 +142,7 @@ class MergeVQ(nn.Module):
         """
         self._check_tokens(tokens)
         tokens = tokens.to(self.encoder.class_token.device)
-        with torch.no_grad(), _arithmetic(tokens.index.device, None):
+        with torch.no_grad(), arithmetic(tokens.index.device, None):
             source = self._recover(index_to_codes(tokens.index, tokens.num_bits), tokens)
         return MergedTokens(
             tokens.index,
@@ -354,11 +354,3 @@ class MergeVQ(nn.Module):
 def _check_finite(x: Tensor, what: str) -> None:
     if not bool(torch.isfinite(x).all()):
         raise ShapeError(f"expected finite numbers in {what}, got NaN or infinity: the model's weights are damaged")
-
-
-@contextmanager
-def _arithmetic(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
-    with torch.autocast(
-        device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None and dtype != torch.float32
-    ):
-        yield
