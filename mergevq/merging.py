@@ -55,7 +55,8 @@ class SourceMap:
             )
         if num_tokens is None:
             num_tokens = torch.full((matrix.shape[0],), matrix.shape[1], device=matrix.device)
-        return SourceMap(matrix.argmax(1), num_tokens)
+        # Of bytes: torch has no argmax of booleans.
+        return SourceMap(matrix.to(torch.uint8).argmax(1), num_tokens)
 
     def then(self, step: "SourceMap") -> "SourceMap":
         """Returns the map of merging by `self` first and by `step` afterwards (associative).
