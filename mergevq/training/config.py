@@ -275,6 +275,8 @@ def check_run(run: Any) -> None:
     for name in _SHARES:
         if name in values and not 0 <= values[name] <= 1:
             raise ConfigError(f"{name} must lie in 0..1, got {values[name]}")
+    if values.get("loss.lecam_decay") == 1:  # Its means would stay where they begin.
+        raise ConfigError(f"loss.lecam_decay must lie in 0..1, below 1, got {values['loss.lecam_decay']}")
     for beta in run.optim.betas:
         if not 0 <= beta < 1:
             raise ConfigError(f"optim.betas must lie in 0..1, below 1, got {run.optim.betas}")

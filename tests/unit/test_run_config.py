@@ -38,6 +38,7 @@ def test_a_loss_of_weight_0_takes_its_module_away() -> None:
         ("optim", {"betas": (0.9, 1.0)}, "optim.betas"),
         ("optim", {"schedule": "cosin"}, "did you mean cosine"),
         ("optim", {"ema_decay": 1.5}, "optim.ema_decay"),
+        ("loss", {"lecam_decay": 1.0}, "loss.lecam_decay must lie in 0..1, below 1, got 1.0"),
         ("loop", {"steps": 0}, "loop.steps must be at least 1"),
         ("loop", {"minutes": -1.0}, "loop.minutes must be at least 0"),
         ("loop", {"num_tokens": (300,)}, "1..256"),
