@@ -22,6 +22,7 @@ from mergevq.tokenizer.config import (
     RecoveryConfig,
     TokenizerConfig,
 )
+from mergevq.tokenizer.fingerprint import _sample
 from mergevq.tokenizer.model import MergeVQ
 from mergevq.tokens import load_tokens, save_tokens
 
@@ -234,6 +235,18 @@ def test_the_fingerprint_sees_writes_that_torch_does_not_count(tiny_tokenizer: M
     tiny_tokenizer.encoder.code_out.weight.data.mul_(1.5)
     seen.add(tiny_tokenizer.fingerprint())
     assert len(seen) == 3
+
+
+def test_the_fingerprint_looks_at_weights_without_copying_them(tiny_tokenizer: MergeVQ) -> None:
+    before = tiny_tokenizer.fingerprint()
+    tiny_tokenizer.to(memory_format=torch.channels_last)
+    assert tiny_tokenizer.fingerprint() == before
+    convolutions = [p.detach() for p in tiny_tokenizer.encoder.parameters() if p.ndim == 4]
+    assert any(not weight.is_contiguous() for weight in convolutions)
+    for weight in convolutions:
+        assert _sample(weight).untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+    tiny_tokenizer.encoder.stem.conv_in.weight.data.mul_(1.5)
+    assert tiny_tokenizer.fingerprint() != before
 
 
 def test_a_model_made_in_inference_mode_works(tiny_config: TokenizerConfig, images: torch.Tensor) -> None:
