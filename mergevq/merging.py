@@ -7,6 +7,7 @@ through a layer is one gather, and so is unmerging.
 
 import operator
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -54,7 +55,8 @@ class SourceMap:
             )
         if num_tokens is None:
             num_tokens = torch.full((matrix.shape[0],), matrix.shape[1], device=matrix.device)
-        return SourceMap(matrix.argmax(1), num_tokens)
+        # Of bytes: torch has no argmax of booleans.
+        return SourceMap(matrix.to(torch.uint8).argmax(1), num_tokens)
 
     def then(self, step: "SourceMap") -> "SourceMap":
         """Returns the map of merging by `self` first and by `step` afterwards (associative).
@@ -287,11 +289,13 @@ def _nearest_linear(num_merged: int, depth: int) -> list[int]:
 
 
 def check_num_tokens(num_tokens: int | Sequence[int], batch: int, num_patches: int) -> list[int]:
-    """Returns K of each of `batch` images from one number or a list.
+    """Returns K of each of `batch` images from one number or a list (or an array or a tensor).
 
     Raises:
         ShapeError: not integers in 1..L, or not one number per image.
     """
+    if hasattr(num_tokens, "tolist"):
+        num_tokens = num_tokens.tolist()
     if isinstance(num_tokens, Sequence) and not isinstance(num_tokens, str):
         counts = list(num_tokens)
     else:
@@ -300,8 +304,11 @@ def check_num_tokens(num_tokens: int | Sequence[int], batch: int, num_patches: i
         raise ShapeError(f"expected one num_tokens per image ({batch}) or a single number, got {len(counts)}")
     checked = []
     for count in counts:
-        # Anything that is an integer will do, NumPy's too; a bool is a mistake.
-        whole = operator.index(count) if hasattr(count, "__index__") and not isinstance(count, bool) else None
+        # Anything that is an integer will do, NumPy's too; a bool is a mistake. Arrays have an __index__ that raises.
+        whole = None
+        if not isinstance(count, bool):
+            with suppress(TypeError):
+                whole = operator.index(count)
         if whole is None or not 1 <= whole <= num_patches:
             raise ShapeError(
                 f"expected num_tokens to be an integer in 1..{num_patches} (the number of patches), got {count!r}"

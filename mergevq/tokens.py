@@ -313,6 +313,9 @@ def load_tokens(path: str | Path, expect_tokenizer: str | None = None) -> Merged
         check_format(header, _FORM, path)
     except CheckpointError as error:
         raise TokenFileError(str(error)) from error
+    for name, data in tensors.items():
+        if data.dtype != torch.uint8:  # NumPy does not know them all.
+            raise TokenFileError(f"{path}: expected packed bytes, got {name} in {_describe(data)}: encode again")
     payload = {name: data.numpy() for name, data in tensors.items()}
     if header.get("sha256") != _checksum(header, payload):
         raise TokenFileError(

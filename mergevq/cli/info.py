@@ -46,7 +46,7 @@ def info(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE
             "checkpoints of the release need `mergevq convert`"
         )
     size = f"{path.stat().st_size:,} bytes"
-    _print({"file": f"{path}, {size}", "kind": kind, "mergevq": header["version"], **lines})
+    _print({"file": f"{path}, {size}", "kind": kind, "mergevq": header.get("version", "unknown"), **lines})
 
 
 def _print(lines: dict[str, str]) -> None:

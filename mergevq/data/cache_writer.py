@@ -12,7 +12,8 @@ from mergevq.data.loader import Batch
 from mergevq.data.shard_writer import write_shards
 from mergevq.data.token_cache import TokenCache
 from mergevq.errors import ConfigError, DataError, ShapeError
-from mergevq.merging import check_num_tokens, merge_schedule
+from mergevq.merging import check_num_tokens
+from mergevq.tokenizer.inputs import kept_tokens
 from mergevq.tokenizer.model import MergeVQ
 
 
@@ -106,8 +107,7 @@ def _settings(
     counts = sorted({num_tokens} if isinstance(num_tokens, int) else set(num_tokens or (own,)))
     check_num_tokens(counts, len(counts), patches)
     for k in counts:
-        merging = config.merging
-        kept = patches - sum(merge_schedule(patches, k, config.encoder.depth, merging.schedule, merging.overflow))
+        kept = kept_tokens(config, patches, k)
         if kept != k:  # Only a converted model does so.
             raise ConfigError(f"expected a K that this tokenizer reaches, got {k}: it keeps {kept}, ask for that")
     if len(images) < 1:

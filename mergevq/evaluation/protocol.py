@@ -42,13 +42,18 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 
 def precision(device: torch.device) -> str:
-    """Returns the arithmetic of networks that run in float32: which of it the device may round to fewer bits."""
+    """Returns the arithmetic of networks that run in float32: which of it the device may round to fewer bits.
+
+    It never rounds while tokens are made, decoded or recovered.
+    """
     rounded = []
     if torch.get_float32_matmul_precision() != "highest":
         rounded.append("matrix products")
     if device.type == "cuda" and torch.backends.cudnn.allow_tf32:
         rounded.append("convolutions")
-    return f"float32, {' and '.join(rounded)} with fewer bits (TF32 or bf16)" if rounded else "float32"
+    if not rounded:
+        return "float32"
+    return f"float32; outside of encode and decode {' and '.join(rounded)} with fewer bits (TF32 or bf16)"
 
 
 def versions() -> dict[str, str]:

@@ -1,6 +1,6 @@
 """What encoding and decoding loses, at several numbers of kept tokens, in one pass over the images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,15 +11,17 @@ from mergevq.configuration import check_seed
 from mergevq.data.folder import ImageFolder
 from mergevq.data.loader import evaluation_batches
 from mergevq.data.sources import evaluation_images
-from mergevq.errors import CheckpointError, ConfigError
+from mergevq.errors import CheckpointError, ConfigError, ShapeError
 from mergevq.evaluation.protocol import PREPARATION, data_name, hardware, now, precision, versions
 from mergevq.evaluation.result import Example, ReconstructionReport, Reference
 from mergevq.evaluation.tally import Quality, Tally, to_float
 from mergevq.layers.pretrained import weights_checksum
 from mergevq.losses.perceptual import build_perceptual
+from mergevq.merging import check_num_tokens
 from mergevq.metrics.distribution import FeatureSet, FeatureStore, frechet_distance, kernel_distance
 from mergevq.metrics.features import FeatureNetwork, feature_network
 from mergevq.metrics.image import WINDOW, to_uint8
+from mergevq.tokenizer.inputs import kept_tokens
 from mergevq.tokenizer.model import MergeVQ
 
 MOST_EXAMPLES = 64
@@ -51,7 +53,8 @@ def evaluate_reconstruction(
         tok: the tokenizer; used in evaluation mode and left in the mode it was in.
         data: a folder, a .zip, a pattern that names several .zip files, "embedded", or a data set. Of a source with
             parts, the held-out part.
-        num_tokens: one K or several; None takes the tokenizer's own.
+        num_tokens: one K or several; None takes the tokenizer's own. A converted tokenizer may keep more: its row and
+            a note tell of what it keeps.
         network: features for the distances between all originals and all reconstructions: "inception" (rFID, its
             weights are downloaded once), "lite1" (from a package; another number, under another name), any module from
             images in [-1, 1] to features [B, D], or None.
@@ -77,8 +80,8 @@ def evaluate_reconstruction(
     check_seed(seed)
     images = evaluation_images(data)
     wanted = (num_tokens,) if isinstance(num_tokens, int) else num_tokens or (tok.config.num_tokens,)
-    counts = sorted(set(wanted), reverse=True)
     side = tok.config.image_size if size is None else size
+    counts = _kept_counts(tok, side, wanted)
     place = torch.device(device) if device is not None else tok.encoder.class_token.device
     features = None if network is None else feature_network(network).to(place)
     distance = build_perceptual(perceptual) if isinstance(perceptual, str) else perceptual
@@ -97,7 +100,7 @@ def evaluate_reconstruction(
     shown = {i * total // examples for i in range(examples)} if examples else set()
     run = _Pass(
         tok.to(place),
-        {k: Tally(k, tok.config.num_bits, predict_source) for k in counts},
+        {asked: Tally(kept, tok.config.num_bits, predict_source) for kept, asked in counts.items()},
         features,
         None if distance is None else distance.to(place).eval(),
         [],
@@ -146,10 +149,22 @@ def evaluate_reconstruction(
         rows=tuple(tally.row(originals) for tally in run.tallies.values()),
         reference=reference,
         protocol=protocol,
-        notes=_notes(seen, total, side, features, reference),
+        notes=_notes(seen, total, side, features, reference, counts),
         grid=run.grid,
         examples=tuple(run.examples),
     )
+
+
+def _kept_counts(tok: MergeVQ, side: int, wanted: Sequence[int]) -> dict[int, int]:
+    """Returns each K that the tokenizer keeps of images of `side`, the largest first, with the one to ask for."""
+    step = tok.config.downsampling
+    if side < step or side % step:
+        raise ShapeError(f"expected a size that is a multiple of the tokenizer's downsampling {step}, got {side}")
+    patches = (side // step) ** 2
+    asked = sorted(set(check_num_tokens(list(wanted), len(wanted), patches)))
+    # Of several that come to the same, the nearest: the largest, which comes last.
+    kept = {kept_tokens(tok.config, patches, k): k for k in asked}
+    return dict(sorted(kept.items(), reverse=True))
 
 
 class _Pass:
@@ -174,9 +189,9 @@ class _Pass:
         if self.network is not None:
             self.originals.update(self.network(originals))
         shown = [Example(images[i].cpu(), {}, {}) for i in picked]
-        for k, tally in self.tallies.items():
-            start = now(images.device)
-            tokens = self.tok.encode(images, k)
+        for asked, tally in self.tallies.items():
+            k, start = tally.num_tokens, now(images.device)
+            tokens = self.tok.encode(images, asked)
             middle = now(images.device)
             decoded = self.tok.decode(tokens)
             tally.seconds.append((len(images), middle - start, now(images.device) - middle))
@@ -236,9 +251,16 @@ def halves(features: Float[Tensor, "n D"], seed: int) -> tuple[Float[Tensor, "h 
 
 
 def _notes(
-    seen: int, total: int, side: int, network: FeatureNetwork | None, reference: Reference | None
+    seen: int,
+    total: int,
+    side: int,
+    network: FeatureNetwork | None,
+    reference: Reference | None,
+    counts: Mapping[int, int],
 ) -> tuple[str, ...]:
-    notes = []
+    notes = [
+        f"Asked for {asked} tokens, this tokenizer keeps {kept}." for kept, asked in counts.items() if kept != asked
+    ]
     if seen < total:
         notes.append(f"{total - seen} of {total} images could not be read and were left out.")
     if network is not None and seen < 2:

@@ -18,8 +18,9 @@ from mergevq.evaluation.feature_sources import (
 )
 from mergevq.evaluation.protocol import data_name
 from mergevq.layers.teachers import Teacher
-from mergevq.merging import check_num_tokens, merge_schedule
+from mergevq.merging import check_num_tokens
 from mergevq.metrics.probe_config import ProbeConfig
+from mergevq.tokenizer.inputs import kept_tokens
 from mergevq.tokenizer.model import MergeVQ
 
 BASELINES = ("pixels", "random")
@@ -51,9 +52,8 @@ def choose_counts(tok: MergeVQ, num_tokens: int | Sequence[int | None] | None, s
     wanted = asked or [None, min(config.num_tokens, patches)]
     counts = sorted({patches if k is None else k for k in wanted}, reverse=True)
     check_num_tokens(counts, len(counts), patches)
-    merging = config.merging
     for k in counts:
-        kept = patches - sum(merge_schedule(patches, k, config.encoder.depth, merging.schedule, merging.overflow))
+        kept = kept_tokens(config, patches, k)
         if kept != k:
             raise ConfigError(f"expected a K that this tokenizer reaches, got {k}: it keeps {kept}, ask for that")
     return tuple(counts)

@@ -6,6 +6,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, silu
 
+from mergevq.layers.norm import GroupNorm
+
 
 class ResidualBlock(nn.Module):
     """Twice group norm, SiLU, 3x3 convolution, added to the input (projected by a 1x1 convolution if the width
@@ -14,9 +16,9 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, num_groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(num_groups, channels_in, eps=1e-6)
+        self.norm1 = GroupNorm(num_groups, channels_in, eps=1e-6)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
-        self.norm2 = nn.GroupNorm(num_groups, channels_out, eps=1e-6)
+        self.norm2 = GroupNorm(num_groups, channels_out, eps=1e-6)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
         self.shortcut = (
             nn.Identity() if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1, bias=False)

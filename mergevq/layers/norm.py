@@ -5,7 +5,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
-class TokenGroupNorm(nn.GroupNorm):
+class GroupNorm(nn.GroupNorm):
+    """Group norm that also takes groups of a single number, whose variance is 0: nn.GroupNorm refuses a batch of them.
+    The same numbers otherwise.
+    """
+
+    def forward(self, x: Float[Tensor, "B C *grid"]) -> Float[Tensor, "B C *grid"]:
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+class TokenGroupNorm(GroupNorm):
     """Group norm of `[B, T, D]`: statistics over each group of channels and all tokens, as a GroupNorm over an image of
     them.
     """
@@ -24,7 +33,7 @@ class AdaptiveGroupNorm(nn.Module):
 
     def __init__(self, num_bits: int, channels: int, num_groups: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(num_groups, channels, eps=1e-6, affine=False)
+        self.norm = GroupNorm(num_groups, channels, eps=1e-6, affine=False)
         self.gamma = nn.Linear(num_bits, channels)
         self.beta = nn.Linear(num_bits, channels)
 

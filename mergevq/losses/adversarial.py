@@ -18,7 +18,8 @@ class PatchDiscriminator(nn.Module):
 
     Args:
         channels: Width after the first convolution.
-        layers: Convolutions of stride 2; a 256-pixel image gives 30 x 30 logits with 3.
+        layers: Convolutions of stride 2; a 256-pixel image gives 30 x 30 logits with 3. Images have at least 3 *
+            2^layers pixels a side.
 
     Reference:
         pix2pix (arXiv 1611.07004) section 3.2.2; layer names and initialisation as in the authors' release.

@@ -160,9 +160,7 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         check_types(self)
         enc, dec, rec = self.encoder, self.decoder, self.recovery
-        for name, part in (("encoder", enc), ("decoder", dec), ("recovery", rec)):
-            _require(part.heads >= 1, f"{name}.heads must be at least 1, got {part.heads}")
-        _require(self.num_groups >= 1, f"num_groups must be at least 1, got {self.num_groups}")
+        _check_sizes(self)
         _require(
             min(rec.cross_depth, rec.self_depth + 1) >= 1,
             f"recovery needs at least one cross block and no negative number of self blocks, got {rec.cross_depth} "
@@ -189,11 +187,11 @@ class TokenizerConfig:
                     f"{len(part.multipliers)}",
                 )
                 _require(min(part.blocks) >= 1, f"{name}.blocks must be at least 1 in each level, got {part.blocks}")
-                for width in {part.channels * m for m in part.multipliers}:
-                    _require(
-                        width % self.num_groups == 0,
-                        f"{name} widths must be multiples of num_groups {self.num_groups}, got {width}",
-                    )
+            for width in _normalised_widths(part):
+                _require(
+                    width % self.num_groups == 0,
+                    f"{name} widths must be multiples of num_groups {self.num_groups}, got {width}",
+                )
             _require(
                 part.width % part.heads == 0, f"{name} width {part.width} must be a multiple of its {part.heads} heads"
             )
@@ -223,6 +221,42 @@ class TokenizerConfig:
             not self.recovery.enabled or self.recovery.width % (4 * self.recovery.heads) == 0,
             f"recovery.width must be a multiple of 4 * heads, got {self.recovery.width}",
         )
+
+
+def _check_sizes(config: TokenizerConfig) -> None:
+    """Checks what others are divided by, or multiplied with, before they are."""
+    enc, dec = config.encoder, config.decoder
+    sizes = {
+        "num_groups": config.num_groups,
+        "encoder.heads": enc.heads,
+        "decoder.heads": dec.heads,
+        "decoder.channels": dec.channels,
+        "recovery.heads": config.recovery.heads,
+        "recovery.width": config.recovery.width,
+        "alignment.teacher_dim": config.alignment.teacher_dim,
+    }
+    levels = {"decoder.multipliers": dec.multipliers}
+    if enc.kind == "hybrid":
+        sizes["encoder.channels"] = enc.channels
+        levels["encoder.multipliers"] = enc.multipliers
+    else:
+        sizes |= {"encoder.vit_width": enc.vit_width, "encoder.patch_size": enc.patch_size}
+    for name, size in sizes.items():
+        _require(size >= 1, f"{name} must be at least 1, got {size}")
+    for name, multipliers in levels.items():
+        _require(
+            min(multipliers, default=0) >= 1,
+            f"{name} must be at least 1 in each of one or more levels, got {multipliers}",
+        )
+    _require(config.alignment.blocks >= 0, f"alignment.blocks must be at least 0, got {config.alignment.blocks}")
+
+
+def _normalised_widths(part: EncoderConfig | DecoderConfig) -> list[int]:
+    """Returns the widths that a part has group norms of."""
+    if isinstance(part, EncoderConfig):
+        # The first convolution of a hybrid is followed by a norm of its own width, whatever the first multiplier is.
+        return [part.vit_width] if part.kind == "vit" else [part.channels * m for m in (1, *part.multipliers)]
+    return [part.channels * m for m in part.multipliers]
 
 
 def _require(condition: bool, message: str) -> None:

@@ -6,7 +6,7 @@ from torch.nn.functional import silu
 
 from mergevq.layers.attention import ConvTransformerBlock, init_transformer
 from mergevq.layers.blocks import NearestUpsample, ResidualBlock, ShuffleUpsample
-from mergevq.layers.norm import AdaptiveGroupNorm
+from mergevq.layers.norm import AdaptiveGroupNorm, GroupNorm
 from mergevq.tokenizer.config import TokenizerConfig
 
 
@@ -38,7 +38,7 @@ class Decoder(nn.Module):
             self.levels.append(nn.Sequential(*blocks))
             if i > 0:
                 self.upsample.append(upsample(out, out))
-        self.norm_out = nn.GroupNorm(config.num_groups, widths[0], eps=1e-6)
+        self.norm_out = GroupNorm(config.num_groups, widths[0], eps=1e-6)
         self.out = nn.Conv2d(widths[0], 3, 3, padding=1) if dec.output_stride == 1 else upsample(widths[0], 3)
 
     def forward(self, codes: Float[Tensor, "B N rows columns"]) -> Float[Tensor, "B 3 H W"]:

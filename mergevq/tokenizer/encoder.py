@@ -11,7 +11,7 @@ from torch.nn.functional import silu
 
 from mergevq.layers.attention import TransformerBlock, init_transformer
 from mergevq.layers.blocks import ResidualBlock
-from mergevq.layers.norm import TokenGroupNorm
+from mergevq.layers.norm import GroupNorm, TokenGroupNorm
 from mergevq.layers.position import sinusoid_grid
 from mergevq.merging import match_and_merge, sort_by_raster
 from mergevq.tokenizer.config import EncoderConfig, TokenizerConfig
@@ -60,12 +60,10 @@ class PatchStem(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, config.width, config.patch_size, config.patch_size)
-        self.norm = nn.GroupNorm(config.width, config.width, eps=1e-6)
+        self.norm = GroupNorm(config.width, config.width, eps=1e-6)
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D rows columns"]:
-        # Not self.norm(...): nn.GroupNorm refuses a single patch, whose variance is 0.
-        norm = self.norm
-        return torch.group_norm(self.conv(images), norm.num_groups, norm.weight, norm.bias, norm.eps)
+        return self.norm(self.conv(images))
 
 
 class MergingBlock(TransformerBlock):

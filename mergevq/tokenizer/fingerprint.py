@@ -34,8 +34,16 @@ def _look(tensors: dict[str, Tensor]) -> tuple[Any, ...]:
     Counting alone misses fused optimizers and writes through `.data`; a sample alone misses an edit of single weights.
     """
     counted = tuple((t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors.values())
-    sample = torch.cat([t.detach().flatten()[:: max(1, t.numel() // _SAMPLED)].float() for t in tensors.values()])
+    sample = torch.cat([_sample(t.detach()).float() for t in tensors.values()])
     return counted, sample.cpu().numpy().tobytes()
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """Returns a few hundred numbers of a tensor, evenly spread over its memory."""
+    # In the order of the memory: flattening a tensor in another one copies all of it.
+    if tensor.ndim == 4 and not tensor.is_contiguous():
+        tensor = tensor.permute(0, 2, 3, 1)
+    return tensor.flatten()[:: max(1, tensor.numel() // _SAMPLED)]
 
 
 def _hash(config: TokenizerConfig, tensors: dict[str, Tensor]) -> str:

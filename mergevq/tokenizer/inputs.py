@@ -1,4 +1,4 @@
-"""What may go into a tokenizer."""
+"""What may go into a tokenizer, and how much of it is kept."""
 
 from typing import Any
 
@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from mergevq.errors import ShapeError
+from mergevq.merging import merge_schedule
+from mergevq.tokenizer.config import TokenizerConfig
 
 # Images come from uint8 through a division; their range may miss [-1, 1] by rounding only.
 _RANGE_SLACK = 1e-3
@@ -40,3 +42,19 @@ def check_images(images: Any, downsampling: int) -> tuple[int, int]:
     if not (low >= -1 - _RANGE_SLACK and high <= 1 + _RANGE_SLACK):
         raise ShapeError(f"expected finite images in [-1, 1], got values from {low:.4g} to {high:.4g}")
     return height // downsampling, width // downsampling
+
+
+def kept_tokens(config: TokenizerConfig, num_patches: int, num_tokens: int) -> int:
+    """Returns how many tokens an image keeps when `num_tokens` are asked for: as many, but for a converted model.
+
+    That may miss K where it would have to merge more than half at once (`merging.overflow` clip); it keeps more then.
+
+    Args:
+        config: of the tokenizer.
+        num_patches: L.
+        num_tokens: K, 1 .. L.
+    """
+    merging = config.merging
+    return num_patches - sum(
+        merge_schedule(num_patches, num_tokens, config.encoder.depth, merging.schedule, merging.overflow)
+    )

@@ -1,7 +1,6 @@
 """MergeVQ, the tokenizer: images to merged tokens and back."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,12 +14,13 @@ from mergevq.merging import SourceMap, check_num_tokens, merge_schedule, unmerge
 from mergevq.model_files import find_model_file
 from mergevq.quantize import LFQ, Quantized, codes_to_index, index_to_codes, sign_codes
 from mergevq.tokenizer.alignment import AlignmentHead
+from mergevq.tokenizer.arithmetic import arithmetic
 from mergevq.tokenizer.config import TokenizerConfig
 from mergevq.tokenizer.decoder import Decoder
 from mergevq.tokenizer.encoder import Encoder, EncoderOutput
 from mergevq.tokenizer.features import FeatureKind, check_features, choose_features
 from mergevq.tokenizer.fingerprint import fingerprint
-from mergevq.tokenizer.inputs import check_images
+from mergevq.tokenizer.inputs import check_images, kept_tokens
 from mergevq.tokenizer.model_file import read_config, write_model
 from mergevq.tokenizer.recovery import SourceRecovery
 from mergevq.tokens import MergedTokens
@@ -80,8 +80,8 @@ class MergeVQ(nn.Module):
         Args:
             images: float in [-1, 1], on any device; the downsampling divides H and W.
             num_tokens: K for all images, or one K per image, 1 .. L; None is `config.num_tokens` (at most L).
-            dtype: arithmetic of the networks, for example torch.bfloat16. None is float32, also inside autocast: that
-                is how tokens are defined.
+            dtype: arithmetic of the networks, for example torch.bfloat16. None is float32, also inside autocast and
+                where a GPU would round to TF32: that is how tokens are defined.
 
         Raises:
             ShapeError: images or num_tokens are not as described, or hold numbers that are not finite.
@@ -90,15 +90,13 @@ class MergeVQ(nn.Module):
         asked_counts = check_num_tokens(
             self._default_tokens(grid) if num_tokens is None else num_tokens, images.shape[0], grid[0] * grid[1]
         )
-        # A converted model may miss K where it would have to merge more than half at once; what it keeps instead is
-        # what counts.
-        kept = {count: grid[0] * grid[1] - sum(self._schedule(grid, count)) for count in sorted(set(asked_counts))}
+        kept = {count: kept_tokens(self.config, grid[0] * grid[1], count) for count in sorted(set(asked_counts))}
         counts = [kept[count] for count in asked_counts]
         images = self._to_model(images)
         device = images.device
         index = torch.zeros(len(counts), max(counts), dtype=torch.int64, device=device)
         source = torch.zeros(len(counts), grid[0] * grid[1], dtype=torch.int64, device=device)
-        with _arithmetic(device, dtype):
+        with arithmetic(device, dtype):
             for asked, count in kept.items():
                 rows = [b for b, k in enumerate(asked_counts) if k == asked]
                 # A slice where all images keep as many: indexing with a list waits for a GPU.
@@ -147,18 +145,10 @@ class MergeVQ(nn.Module):
             TokenFileError: another tokenizer made the tokens.
             CheckpointError: the source is missing and this model has no recovery.
         """
-        if tokens.num_bits != self.config.num_bits:
-            raise ShapeError(
-                f"expected tokens of {self.config.num_bits} bits, got {tokens.num_bits}: another tokenizer made them"
-            )
-        if tokens.tokenizer is not None and tokens.tokenizer != self.fingerprint():
-            raise TokenFileError(
-                f"expected tokens of tokenizer {self.fingerprint()[:12]}, got tokens of {tokens.tokenizer[:12]}: "
-                "decode them with the model that made them"
-            )
+        self._check_tokens(tokens)
         device = self.encoder.class_token.device
         tokens = tokens.to(device)
-        with _arithmetic(device, None):
+        with arithmetic(device, None):
             codes = index_to_codes(tokens.index, tokens.num_bits)
             source = tokens.source.index if tokens.source is not None else self._recover(codes, tokens)
             grid_codes = unmerge(codes, source).mT.unflatten(2, tokens.grid)
@@ -170,10 +160,13 @@ class MergeVQ(nn.Module):
         """Returns the tokens with the source map that the recovery model predicts; a token may get no patch.
 
         Raises:
+            ShapeError: the tokens have another number of bits.
+            TokenFileError: another tokenizer made the tokens.
             CheckpointError: this model has no recovery.
         """
+        self._check_tokens(tokens)
         tokens = tokens.to(self.encoder.class_token.device)
-        with torch.no_grad(), _arithmetic(tokens.index.device, None):
+        with torch.no_grad(), arithmetic(tokens.index.device, None):
             source = self._recover(index_to_codes(tokens.index, tokens.num_bits), tokens)
         return MergedTokens(
             tokens.index,
@@ -203,7 +196,7 @@ class MergeVQ(nn.Module):
 
         Args:
             images: float in [-1, 1].
-            num_tokens: K; None merges nothing.
+            num_tokens: K of all images; None merges nothing.
             kind: class token, mean of the tokens by size, both, or one vector a patch; see `FeatureKind`.
             quantized: take the codes, N numbers that are -1 or +1 (straight-through), instead of the semantic tokens
                 of width D.
@@ -214,8 +207,9 @@ class MergeVQ(nn.Module):
         """
         check_features(kind, quantized)
         grid = check_images(images, self.config.downsampling)
-        count = grid[0] * grid[1] if num_tokens is None else num_tokens
-        check_num_tokens(count, images.shape[0], grid[0] * grid[1])
+        patches = grid[0] * grid[1]
+        # In a list of one: all images have the same K here.
+        (count,) = check_num_tokens([patches if num_tokens is None else num_tokens], 1, patches)
         out = self._encode(self._to_model(images), count)
         tokens = self.quantizer.codes(self.encoder.to_codes(out.tokens)) if quantized else out.tokens
         features = choose_features(kind, out.class_token, tokens, out.source, grid)
@@ -236,8 +230,7 @@ class MergeVQ(nn.Module):
         """
         check_images(images, self.config.downsampling)
         full = self.config.num_patches
-        count = full if num_tokens is None else num_tokens
-        check_num_tokens(count, images.shape[0], full)
+        (count,) = check_num_tokens([full if num_tokens is None else num_tokens], 1, full)
         return self.forward_alignment(self._to_model(images), count)
 
     # --------------------------------------------------------------------------------------------------------- training
@@ -354,6 +347,17 @@ class MergeVQ(nn.Module):
             grid[0] * grid[1], num_tokens, self.config.encoder.depth, merging.schedule, merging.overflow
         )
 
+    def _check_tokens(self, tokens: MergedTokens) -> None:
+        if tokens.num_bits != self.config.num_bits:
+            raise ShapeError(
+                f"expected tokens of {self.config.num_bits} bits, got {tokens.num_bits}: another tokenizer made them"
+            )
+        if tokens.tokenizer is not None and tokens.tokenizer != self.fingerprint():
+            raise TokenFileError(
+                f"expected tokens of tokenizer {self.fingerprint()[:12]}, got tokens of {tokens.tokenizer[:12]}: "
+                "decode them with the model that made them"
+            )
+
     def _recover(self, codes: Tensor, tokens: MergedTokens) -> Tensor:
         num_patches = tokens.grid[0] * tokens.grid[1]
         identity = torch.arange(num_patches, device=codes.device).expand(codes.shape[0], -1)
@@ -381,11 +385,3 @@ class MergeVQ(nn.Module):
 def _check_finite(x: Tensor, what: str) -> None:
     if not bool(torch.isfinite(x).all()):
         raise ShapeError(f"expected finite numbers in {what}, got NaN or infinity: the model's weights are damaged")
-
-
-@contextmanager
-def _arithmetic(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
-    with torch.autocast(
-        device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None and dtype != torch.float32
-    ):
-        yield

@@ -54,10 +54,7 @@ class SourceRecovery(nn.Module):
         width = self.embed.out_features
         memory = self.embed(codes) + sinusoid(rank, width) + sinusoid(num_tokens, width)[:, None]
         memory = self.norm_codes(memory)
-        queries: Tensor = self.queries
-        if queries.shape[-2:] != grid:
-            queries = interpolate(queries, size=grid, mode="bilinear", align_corners=False)
-        x = queries.flatten(2).mT.expand(codes.shape[0], -1, -1)
+        x = resize_queries(self.queries, grid).flatten(2).mT.expand(codes.shape[0], -1, -1)
         for block in self.cross_blocks:
             x = block(x, memory, mask)
         for block in self.self_blocks:
@@ -66,3 +63,28 @@ class SourceRecovery(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             logits = query @ key.mT / width**0.5
         return logits.masked_fill(~mask[:, None], -torch.inf)
+
+
+def resize_queries(queries: Float[Tensor, "1 D rows columns"], grid: tuple[int, int]) -> Float[Tensor, "1 D R C"]:
+    """Returns the learned queries for another grid of patches, by bilinear interpolation."""
+    if queries.shape[-2:] == grid:
+        return queries
+    return interpolate(queries, size=grid, mode="bilinear", align_corners=False)
+
+
+def fit_queries(recovery: SourceRecovery, grid: tuple[int, int], name: str) -> tuple[dict[str, Tensor], list[str]]:
+    """Returns the weights of a recovery for a model of another image size, and a notice if that changes them.
+
+    Args:
+        recovery: whose weights.
+        grid: rows and columns of the model's own queries.
+        name: where the recovery comes from.
+    """
+    rows, columns = recovery.queries.shape[-2:]
+    tensors = recovery.state_dict()
+    if (rows, columns) == grid:
+        return tensors, []
+    tensors["queries"] = resize_queries(recovery.queries.detach(), grid)
+    return tensors, [
+        f"{name} recovers {rows} x {columns} patches, this run {grid[0]} x {grid[1]}: its queries are resized"
+    ]

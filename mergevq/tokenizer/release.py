@@ -65,7 +65,8 @@ def config_from_release(ddconfig: Mapping[str, Any]) -> TokenizerConfig:
             channels=channels,
             multipliers=multipliers,
             blocks=enc_blocks,
-            patch_size=downsampling,
+            # A hybrid reads neither: what it does not read stays as it is in the presets.
+            patch_size=downsampling if isotropic else 16,
             vit_width=width if isotropic else 768,
             depth=depth,
             heads=num_heads(width),

@@ -15,6 +15,8 @@ from mergevq.errors import CheckpointError
 from mergevq.files import check_fields, check_format, load_strict, load_tensors, read_json, save_tensors, write_json
 
 KIND = "training-state/1"
+FILES = ("state.json", "tensors-*.safetensors", ".state.*.tmp.json", ".tensors-*.tmp.safetensors")
+"""Patterns of what may lie in the folder of a state; the hidden ones are left behind by a killed process."""
 
 
 @runtime_checkable

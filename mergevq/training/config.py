@@ -225,10 +225,21 @@ class TokenizerRun(Run):
         check_num_tokens("loop.num_tokens", loop.num_tokens, self.model.num_patches)
         check_num_tokens("loop.val_num_tokens", loop.val_num_tokens, self.model.num_patches)
         check_probabilities(loop.num_tokens, loop.num_tokens_probs)
+        side = self.model.image_size >> self.loss.disc_layers
+        if self.loss.weights.adversarial > 0 and side < _DISC_SIDE:
+            least = _DISC_SIDE << self.loss.disc_layers
+            raise ConfigError(
+                f"loss.disc_layers {self.loss.disc_layers} needs images of at least {least} pixels, got "
+                f"model.image_size {self.model.image_size}: set fewer layers, or loss.weights.adversarial to 0"
+            )
         if self.loss.weights.adversarial == 0 and self.loss.weights.lecam > 0:
             weights = replace(self.loss.weights, lecam=0.0)
             object.__setattr__(self, "loss", replace(self.loss, weights=weights))
 
+
+# Side that the strided layers of the discriminator must leave: each halves it, rounded down, and the two convolutions
+# after them take 1 off each.
+_DISC_SIDE = 3
 
 # Fields with a lower limit that they must reach, and those that must be above 0; a run need not have all of them.
 _AT_LEAST = {
@@ -265,6 +276,8 @@ def check_run(run: Any) -> None:
     for name in _SHARES:
         if name in values and not 0 <= values[name] <= 1:
             raise ConfigError(f"{name} must lie in 0..1, got {values[name]}")
+    if values.get("loss.lecam_decay") == 1:  # Its means would stay where they begin.
+        raise ConfigError(f"loss.lecam_decay must lie in 0..1, below 1, got {values['loss.lecam_decay']}")
     for beta in run.optim.betas:
         if not 0 <= beta < 1:
             raise ConfigError(f"optim.betas must lie in 0..1, below 1, got {run.optim.betas}")

@@ -18,7 +18,7 @@ from mergevq.files import load_strict
 from mergevq.losses.recovery import RecoveryLoss, recovery_loss
 from mergevq.quantize import index_to_codes
 from mergevq.tokenizer.model import MergeVQ
-from mergevq.tokenizer.recovery import SourceRecovery
+from mergevq.tokenizer.recovery import SourceRecovery, fit_queries
 from mergevq.training.config import HardwareConfig
 from mergevq.training.loop import Plan, check_start, run_training
 from mergevq.training.optim import (
@@ -227,9 +227,11 @@ class _RecoveryTraining:
             raise ConfigError(
                 f"expected a recovery of this run's shape in {name} ({self.run.recovery}), got {given.config.recovery}"
             )
+        rows, columns = self.state.model.queries.shape[-2:]
+        tensors, notices = fit_queries(given.recovery, (rows, columns), str(name))
         for model in (self.state.model, self.state.ema.module):
-            load_strict(model, given.recovery.state_dict(), str(name))
-        return []
+            load_strict(model, tensors, str(name))
+        return notices
 
     def batches(self) -> Iterator[TokenBatch]:
         fabric, loop = self.state.fabric, self.run.loop

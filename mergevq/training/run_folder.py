@@ -12,7 +12,7 @@ from mergevq import __version__
 from mergevq.configuration import config_from_dict, config_to_dict
 from mergevq.errors import CheckpointError, ConfigError, DataError
 from mergevq.files import check_fields, check_format, read_json, refuse_existing, write_json
-from mergevq.training.checkpoint import has_state
+from mergevq.training.checkpoint import FILES, has_state
 from mergevq.training.config import Run, flat_config
 
 R = TypeVar("R", bound=Run)
@@ -43,6 +43,10 @@ def check_folder(out: Path, run: Run, resume: bool, force: bool) -> None:
             "put them back, or start another run from its model with --init"
         )
 
+
+# Files that every run writes anew, and those that it may leave as another left them.
+_REPLACED = ("model.safetensors", "log.jsonl", "run.json", *(f"state/{name}" for name in FILES))
+_RESULTS = ("result.json", "images/step_*.png")
 
 # What a run may take from a cache, by the name of the field in `data` and in run.json.
 _CACHES = {"tokens": "tokens", "teacher_cache": "features of the teacher"}
@@ -88,10 +92,12 @@ def begin(out: Path, run: Run, resume: bool, caches: Mapping[str, str], train: i
     if resume:
         commands = [*read_json(out / "run.json").get("commands", []), *commands]
     else:
-        # Only a run's own files: with --force the folder may hold others.
-        for pattern in ("model.safetensors", "log.jsonl", "run.json", "result.json", "state/*", "images/step_*.png"):
+        # Only a run's own files: with --force the folder may hold others, and without a run.json it is nobody's run.
+        results = _RESULTS if (out / "run.json").is_file() else ()
+        for pattern in (*_REPLACED, *results):
             for path in out.glob(pattern):
-                path.unlink()
+                if path.is_file() or path.is_symlink():
+                    path.unlink()
     record = {
         "mergevq": run.kind,
         "version": __version__,

@@ -1,5 +1,6 @@
 """Everything the training of a tokenizer changes, in one value."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from torch.optim.swa_utils import AveragedModel
 from mergevq.errors import ConfigError
 from mergevq.files import load_strict
 from mergevq.losses.adversarial import LeCam, PatchDiscriminator
+from mergevq.tokenizer.config import TokenizerConfig
 from mergevq.tokenizer.model import MergeVQ
+from mergevq.tokenizer.recovery import fit_queries
 from mergevq.training.config import TokenizerRun, flat_config
 from mergevq.training.optim import average_weights, build_adamw
 from mergevq.training.precision import choose_dtype
@@ -147,12 +150,35 @@ _INDIFFERENT = (
     "quantizer.eps",
     "alignment.view_tokens",
 )
+# And fields of the encoder that only the other kind reads.
+_UNREAD = {
+    "hybrid": ("encoder.patch_size", "encoder.vit_width"),
+    "vit": ("encoder.channels", "encoder.multipliers", "encoder.blocks", "encoder.stem_stride"),
+}
+
+
+def differing_fields(given: TokenizerConfig, own: TokenizerConfig, ignored: Sequence[str] = ()) -> list[str]:
+    """Returns the fields, with both values, in which a tokenizer's weights mean something else to a model.
+
+    Args:
+        given: configuration of the tokenizer.
+        own: configuration of the model that is to have its weights.
+        ignored: parts that one of the two lacks.
+    """
+    before, now = flat_config(given), flat_config(own)
+    unread = _UNREAD[own.encoder.kind] if given.encoder.kind == own.encoder.kind else ()
+    return [
+        f"model.{field} ({before[field]!r} there, {now[field]!r} here)"
+        for field in now
+        if before[field] != now[field] and field not in (*_INDIFFERENT, *unread) and field.split(".")[0] not in ignored
+    ]
 
 
 def start_from(state: TrainState, name: str | Path) -> list[str]:
     """Gives the model and its average the weights of a tokenizer; returns notices about parts only one of them has.
 
-    Recovery and alignment are kept as they are if the tokenizer lacks them, and left out if the run does.
+    Recovery and alignment are kept as they are if the tokenizer lacks them, and left out if the run does. For another
+    image size the recovery's queries are resized.
 
     Raises:
         CheckpointError: there is no such tokenizer, or its weights have other shapes.
@@ -162,17 +188,17 @@ def start_from(state: TrainState, name: str | Path) -> list[str]:
     optional = ("recovery", "alignment")
     missing = [p for p in optional if getattr(given, p) is None and getattr(state.model, p) is not None]
     unused = [p for p in optional if getattr(given, p) is not None and getattr(state.model, p) is None]
-    before, now = flat_config(given.config), flat_config(state.model.config)
-    differing = [
-        f"model.{field} ({before[field]!r} there, {now[field]!r} here)"
-        for field in now
-        if before[field] != now[field] and field not in _INDIFFERENT and field.split(".")[0] not in (missing + unused)
-    ]
+    differing = differing_fields(given.config, state.model.config, missing + unused)
     if differing:
         raise ConfigError(f"expected the model of this run in {name}, got other {', '.join(differing)}: set them alike")
     tensors = {k: v for k, v in given.state_dict().items() if k.split(".")[0] not in unused}
     tensors |= {k: v for k, v in state.model.state_dict().items() if k.split(".")[0] in missing}
+    resized: list[str] = []
+    if given.recovery is not None and state.model.recovery is not None:
+        rows, columns = state.model.recovery.queries.shape[-2:]
+        fitted, resized = fit_queries(given.recovery, (rows, columns), str(name))
+        tensors |= {f"recovery.{k}": v for k, v in fitted.items()}
     load_strict(state.model, tensors, str(name))
     load_strict(state.ema.module, tensors, str(name))
     notices = [f"{name} has no {part}: it starts from random weights" for part in missing]
-    return notices + [f"{name} has a {part} that this run does not train: it is left out" for part in unused]
+    return notices + resized + [f"{name} has a {part} that this run does not train: it is left out" for part in unused]

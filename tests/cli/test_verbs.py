@@ -12,6 +12,7 @@ import torch
 from mergevq import __version__
 from mergevq.cli.main import VERBS, main
 from mergevq.data.images import read_images, write_images
+from mergevq.files import load_tensors, save_tensors
 from mergevq.tokenizer.model import MergeVQ
 from mergevq.tokens import load_tokens, save_tokens
 
@@ -137,6 +138,11 @@ def test_info_tells_models_from_tokens(
     assert tiny_tokenizer.fingerprint() in out and "tokens/1" in out and "20, 5 an image, 6 bits each" in out
     # 15 tokens of 6 bits and (320 + 320 + 192) / 3 bits of source map, on average.
     assert "367 = 90 index + 277 source map (means)" in out
+    tensors, header = load_tensors(model)
+    del header["version"]
+    save_tensors(tmp_path / "other.safetensors", tensors, header)
+    _run("info", tmp_path / "other.safetensors")
+    assert re.search(r"^mergevq +unknown$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_convert_reads_the_release(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from mergevq.data.images import read_images, write_images
 from mergevq.errors import ConfigError, DataError, ShapeError
 from mergevq.evaluation.reconstruction import evaluate_reconstruction
 from mergevq.metrics.distribution import frechet_distance, kernel_distance
+from mergevq.tokenizer.config import MergingConfig, RecoveryConfig, TokenizerConfig
 from mergevq.tokenizer.model import MergeVQ
 
 
@@ -154,6 +156,20 @@ def test_the_tokenizer_keeps_its_mode_and_its_own_k_is_the_default(tiny_tokenize
     assert [row.num_tokens for row in report.rows] == [20]
 
 
+def test_a_converted_tokenizers_rows_tell_what_it_keeps(tiny_config: TokenizerConfig, folder: Path) -> None:
+    # Two layers, each at most half: of 64 patches 16 are left at least, whatever is asked for.
+    merging = MergingConfig(overflow="clip", order="merge")
+    torch.manual_seed(0)
+    tok = MergeVQ(replace(tiny_config, merging=merging, recovery=RecoveryConfig(enabled=False)))
+    kept = {k: tok.encode(read_images(folder, 32), k).index.shape[1] for k in (1, 2, 60)}
+    assert kept[1] == kept[2] == 16 and kept[60] == 60
+    report = evaluate_reconstruction(tok, folder, (1, 60, 2), network=None, examples=1)
+    assert [row.num_tokens for row in report.rows] == [60, 16]
+    assert [row.bits_index for row in report.rows] == [60 * 6, 16 * 6]
+    assert set(report.examples[0].reconstruction) == {60, 16}
+    assert "Asked for 2 tokens, this tokenizer keeps 16." in report.notes
+
+
 def test_the_embedded_images_are_the_held_out_ones(tiny_tokenizer: MergeVQ) -> None:
     done: list[int] = []
     report = evaluate_reconstruction(
@@ -166,6 +182,8 @@ def test_bad_input_is_refused(tiny_tokenizer: MergeVQ, folder: Path, tmp_path: P
     for k in (0, 65):
         with pytest.raises(ShapeError, match=rf"{k}"):
             evaluate_reconstruction(tiny_tokenizer, folder, (k,), network=None)
+    with pytest.raises(ShapeError, match="multiple of the tokenizer's downsampling 4, got 30"):
+        evaluate_reconstruction(tiny_tokenizer, folder, (20,), network=None, size=30)
     with pytest.raises(ConfigError, match="limit of at least 1"):
         evaluate_reconstruction(tiny_tokenizer, folder, (20,), network=None, limit=0)
     for examples in (-1, 65):

@@ -19,7 +19,7 @@ from mergevq.tokenizer.model import MergeVQ
 from mergevq.training import checkpoint
 from mergevq.training.config import HardwareConfig, TokenizerRun
 from mergevq.training.log import truncate_log
-from mergevq.training.run_folder import load_run
+from mergevq.training.run_folder import begin, load_run
 from mergevq.training.signals import TrainingStopped
 from mergevq.training.state import build_state
 from mergevq.training.tokenizer import train_step, train_tokenizer
@@ -313,6 +313,20 @@ def test_a_folder_with_something_in_it_is_refused_or_cleaned(uninterrupted, tmp_
     assert state_of(out)[0]["step"] == 1
     assert {json.loads(line)["step"] for line in (out / "log.jsonl").open()} == {1}
     assert [path.name for path in (out / "images").iterdir()] == ["step_0000001.png"]
+
+
+@pytest.mark.parametrize("is_run", [True, False])
+def test_starting_again_takes_a_runs_own_files_alone(tmp_path, tiny_run, is_run):
+    own = ["log.jsonl", "model.safetensors", "state/state.json", "state/tensors-000000003.safetensors"]
+    results = ["result.json", "images/step_0000003.png"]
+    others = ["state/notes.txt", "state/sub/tensors-1.safetensors", "images/mine.png", "images/step_dir.png/x"]
+    for name in (*own, *results, *others, *(["run.json"] if is_run else [])):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("written before")
+    begin(tmp_path, tiny_run, resume=False, caches={}, train=9, val=4)
+    kept = {*others, "run.json", *([] if is_run else results)}
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == kept
+    assert all((tmp_path / name).read_text() == "written before" for name in kept - {"run.json"})
 
 
 def test_there_must_be_something_to_resume(tmp_path, tiny_run, perceptual, teacher):

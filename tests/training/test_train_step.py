@@ -169,13 +169,18 @@ def test_average_and_lecam_move_once_per_optimizer_step(state, batch, tiny_run):
 
 
 def test_processes_are_asked_for_their_means_once(state, batch, tiny_run, monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     asked = []
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *a, **k: asked.append(a))
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *a: 1)
-    state.adversary.lecam.update(0.5, -0.5)
-    assert asked == []
-    assert (float(state.adversary.lecam.real), float(state.adversary.lecam.fake)) == (0.25, -0.25)
+    all_reduce = state.fabric.all_reduce
+
+    def counted(values: Tensor, **options: str) -> Tensor:
+        asked.append((values.numel(), options))
+        return all_reduce(values, **options)
+
+    monkeypatch.setattr(state.fabric, "all_reduce", counted)
+    report = train_step(state, batch, tiny_run)
+    # Every loss, metric and gradient norm in one tensor, the logits that move LeCam's means among them.
+    assert asked == [(len(report.values), {"reduce_op": "mean"})]
+    assert {"logits_real", "logits_fake", "grad_norm", "disc_grad_norm"} < report.values.keys()
 
 
 def test_learning_rates_follow_the_schedule(state, batch, tiny_run):

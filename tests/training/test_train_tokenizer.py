@@ -224,6 +224,22 @@ def test_init_keeps_parts_that_the_model_lacks_and_says_so(state, tmp_path, tiny
     assert all("left out" in notice for notice in start_from(old, file))
 
 
+def test_init_at_another_image_size_resizes_the_queries_of_recovery(state, tmp_path, tiny_run, perceptual, fabric):
+    weights = replace(tiny_run.loss.weights, alignment=0.0)
+    file = state.ema.module.save_pretrained(tmp_path / "model.safetensors")
+    run = changed(tiny_run, model={"image_size": 48}, loss={"weights": weights})
+    new = build_state(fabric, run, perceptual)
+    notices = start_from(new, file)
+    assert "8 x 8" in notices[0] and "12 x 12" in notices[0] and "resized" in notices[0]
+    assert "alignment" in notices[1] and len(notices) == 2
+    image = torch.zeros(1, 3, 48, 48)
+    # What the model of 32 pixels itself did with an image of 48.
+    expected = state.ema.module.eval()(image, 20).recovery_logits
+    for model in (new.model, new.ema.module):
+        assert model.recovery.queries.shape[-2:] == (12, 12)
+        torch.testing.assert_close(model.eval()(image, 20).recovery_logits, expected)
+
+
 def test_init_refuses_a_model_that_would_compute_something_else(tmp_path, tiny_run, perceptual, teacher, fabric):
     # As many weights, other heads: they would load, and mean nothing.
     heads = replace(tiny_run.model.encoder, heads=4)

@@ -150,8 +150,9 @@ def test_source_map_by_hand() -> None:
     assert source.unmerge(tokens).squeeze(-1).tolist() == [[1, 2, 1, 3], [4, 4, 5, 5]]
     matrix = source.to_matrix()
     assert matrix[0].tolist() == [[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 1]]
-    back = SourceMap.from_matrix(matrix, source.num_tokens)
-    assert torch.equal(back.index, source.index)
+    for kind in (torch.float32, torch.float16, torch.int64, torch.uint8, torch.bool):
+        back = SourceMap.from_matrix(matrix.to(kind), source.num_tokens)
+        assert torch.equal(back.index, source.index), kind
 
 
 def test_unmerge_is_the_transposed_matrix_product() -> None:

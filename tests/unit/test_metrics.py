@@ -140,6 +140,37 @@ def test_kernel_distance_of_pairs_has_no_bias_and_that_of_copies_is_zero():
         assert bool(abs(mean) < 3 * std / math.sqrt(60)) == unbiased
 
 
+@pytest.mark.parametrize("block", [7, 20, 41, 2048])
+def test_sums_of_the_kernel_are_those_of_the_whole_matrix(block):
+    a, b = gaussian(41, 8).double(), gaussian(30, 8, seed=1).double() + 1
+    kernel = {name: (x @ y.T / 8 + 1) ** 3 for name, x, y in (("aa", a, a), ("bb", b, b), ("ab", a, b))}
+    within = [(kernel[name].sum() - kernel[name].trace()) / (n * (n - 1)) for name, n in (("aa", 41), ("bb", 30))]
+    assert FeatureSet(a).within.item() == pytest.approx(41 * 40 * within[0].item(), rel=1e-12)
+    expected = within[0] + within[1] - 2 * kernel["ab"].mean()
+    before = a.clone()
+    assert kernel_distance(a, b, block) == pytest.approx(expected.item(), rel=1e-12)
+    assert torch.equal(a, before)
+    pairs = kernel["ab"][:30].sum() - kernel["ab"][:30].trace()
+    inside = (kernel["aa"][:30, :30].sum() - kernel["aa"][:30, :30].trace()) / (30 * 29) + within[1]
+    found = kernel_distance(a[:30], b, block, paired=True)
+    assert found == pytest.approx((inside - 2 * pairs / (30 * 29)).item(), rel=1e-11)
+
+
+def test_the_kernel_matrix_is_never_held_whole(monkeypatch):
+    sizes, plain = [], torch.Tensor.__matmul__
+
+    def watched(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        product = plain(x, y)
+        sizes.append(product.shape)
+        return product
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
+    kernel_distance(gaussian(50, 4), gaussian(45, 4, seed=1), 10)
+    # Five times five blocks between; of each symmetric matrix its diagonal and what is right of it.
+    assert len(sizes) == 15 + 15 + 25
+    assert all(max(size) <= 10 for size in sizes)
+
+
 def test_a_set_compared_several_times_is_worked_on_once(monkeypatch):
     x, others = gaussian(40, 6), [gaussian(40, 6, seed=i) + i for i in (1, 2, 3)]
     expected = [(frechet_distance(x, y), kernel_distance(x, y), kernel_distance(x, y, paired=True)) for y in others]

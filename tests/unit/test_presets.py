@@ -1,17 +1,12 @@
 """Presets: the sizes of the paper, laws that are laws, names that help."""
 
-from dataclasses import fields, is_dataclass
-from pathlib import Path
-
 import pytest
 import torch
 
-import mergevq
 from mergevq import presets
 from mergevq.errors import ConfigError
 from mergevq.generator.config import MaskConfig
 from mergevq.tokenizer.model import MergeVQ
-from mergevq.training.config import TokenizerRun
 from mergevq.training.generator_loss import build_generator
 
 
@@ -97,24 +92,3 @@ def test_every_generator_preset_builds(name: str) -> None:
         assert 2_000_000 < size < 2_500_000
     assert run.model.mask == MaskConfig(recent=run.model.grid[1]), "a row is in sight"
     assert run.loop.num_tokens == (), "all that the tokens have"
-
-
-def test_every_field_of_a_run_is_read_somewhere() -> None:
-    root = Path(mergevq.__file__).parent
-    code = "\n".join(
-        p.read_text()
-        for p in root.rglob("*.py")
-        if p.name not in ("config.py", "release.py") and not p.name.endswith("presets.py")
-    )
-    own = (root / "tokenizer" / "config.py").read_text()
-
-    def names(cls: type) -> set[str]:
-        found = set()
-        for f in fields(cls):
-            kind = f.default_factory if is_dataclass(f.default_factory) else None
-            found |= names(kind) if kind is not None else {f.name}
-        return found
-
-    derived = {"channels", "multipliers", "vit_width", "patch_size", "stem_stride", "output_stride"}
-    unread = {n for n in names(TokenizerRun) if f".{n}" not in code and f'"{n}"' not in code}
-    assert unread <= {n for n in derived if f"self.{n}" in own}

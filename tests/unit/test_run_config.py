@@ -1,15 +1,19 @@
 """A run that cannot work is refused before anything is touched."""
 
+import re
+from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+import torch
 
 import mergevq
 from mergevq import presets
 from mergevq.configuration import config_from_dict, config_to_dict
 from mergevq.errors import ConfigError
+from mergevq.losses.adversarial import PatchDiscriminator
 from mergevq.training.config import LossConfig, LossWeights
 from mergevq.training.generator_config import GeneratorRun, TokenFacts, fit_model, usual_groups
 
@@ -34,6 +38,7 @@ def test_a_loss_of_weight_0_takes_its_module_away() -> None:
         ("optim", {"betas": (0.9, 1.0)}, "optim.betas"),
         ("optim", {"schedule": "cosin"}, "did you mean cosine"),
         ("optim", {"ema_decay": 1.5}, "optim.ema_decay"),
+        ("loss", {"lecam_decay": 1.0}, "loss.lecam_decay must lie in 0..1, below 1, got 1.0"),
         ("loop", {"steps": 0}, "loop.steps must be at least 1"),
         ("loop", {"seed": 2**64}, "loop.seed of at most 64 bits"),
         ("loop", {"minutes": -1.0}, "loop.minutes must be at least 0"),
@@ -140,3 +145,27 @@ def test_every_field_of_a_generators_run_is_read_somewhere() -> None:
     unread = {n for n in names(GeneratorRun) if f".{n}" not in code and f'"{n}"' not in code}
     # Read through a property.
     assert unread <= {n for n in ("kv_heads", "ffn_multiple") if f"self.{n}" in own}
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_a_discriminator_too_deep_for_the_images_is_refused(layers: int) -> None:
+    network = PatchDiscriminator(1, layers)
+    run = presets.tiny()
+    weights = replace(run.loss.weights, adversarial=0.1)
+    loss = replace(run.loss, weights=weights, disc_channels=1, disc_layers=layers)
+    loop = replace(run.loop, num_tokens=(1,), val_num_tokens=(1,))
+    accepted, works = [], []
+    for side in range(4, 40, 4):
+        try:
+            replace(run, model=replace(run.model, image_size=side, num_tokens=1), loss=loss, loop=loop)
+            accepted.append(side)
+        except ConfigError as error:
+            assert re.search(
+                rf"loss.disc_layers {layers} needs images of at least \d+ pixels, got .* {side}", str(error)
+            )
+        with suppress(RuntimeError, ValueError):
+            # One image in training mode: BatchNorm needs more than one value of each channel too.
+            network.train()(torch.zeros(1, 3, side, side))
+            works.append(side)
+    assert accepted == works
+    assert 4 not in works and 36 in works

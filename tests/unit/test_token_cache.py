@@ -488,7 +488,7 @@ def test_impossible_settings_are_refused_and_nothing_is_written(
             write(tmp_path / "cache", **changed)
     # A converted model merges at most half of its tokens in a layer.
     schedule = merge_schedule(64, 20, 2)
-    monkeypatch.setattr("mergevq.data.cache_writer.merge_schedule", lambda *_: (schedule[0] - 1, schedule[1]))
+    monkeypatch.setattr("mergevq.tokenizer.inputs.merge_schedule", lambda *_: (schedule[0] - 1, schedule[1]))
     with pytest.raises(ConfigError, match="a K that this tokenizer reaches, got 20: it keeps 21"):
         write(tmp_path / "cache", num_tokens=20)
     assert not (tmp_path / "cache").exists()

@@ -4,20 +4,25 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from mergevq.configuration import config_from_dict, config_to_dict
 from mergevq.errors import CheckpointError, ConfigError, ShapeError, TokenFileError
 from mergevq.files import load_tensors, read_header, save_tensors
+from mergevq.layers.norm import GroupNorm
 from mergevq.losses.alignment import alignment_loss
 from mergevq.merging import SourceMap
 from mergevq.tokenizer.config import (
+    AlignmentConfig,
+    DecoderConfig,
     EncoderConfig,
     MergingConfig,
     RecoveryConfig,
     TokenizerConfig,
 )
+from mergevq.tokenizer.fingerprint import _sample
 from mergevq.tokenizer.model import MergeVQ
 from mergevq.tokens import load_tokens, save_tokens
 
@@ -172,6 +177,33 @@ def test_alignment_teaches_the_encoder_merged_or_not(
     assert tiny_tokenizer.encoder.stem.conv_in.weight.grad.abs().sum() > 0
 
 
+def test_groups_of_one_channel_do_for_one_token(tiny_config: TokenizerConfig, images: torch.Tensor) -> None:
+    model = MergeVQ(
+        replace(
+            tiny_config,
+            num_groups=8,
+            encoder=replace(tiny_config.encoder, multipliers=(1, 1)),
+            decoder=replace(tiny_config.decoder, multipliers=(1, 1)),
+        )
+    ).eval()
+    alone = model.encode(images[:1], 1)
+    assert torch.isfinite(model.decode(alone)).all()
+    assert model.encode(images, [1, 64, 1])[0].equal(alone)
+    assert model.reconstruct(images[:1, :, :4, :4]).shape == (1, 3, 4, 4)
+    model.train()(images[:1], 1).reconstruction.sum().backward()
+
+
+def test_group_norm_is_that_of_torch(images: torch.Tensor) -> None:
+    x = images.repeat(1, 4, 1, 1).requires_grad_()
+    ours, theirs = GroupNorm(4, 12, eps=1e-6), torch.nn.GroupNorm(4, 12, eps=1e-6)
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            a, b = ours(x.to(dtype)), theirs(x.to(dtype))
+        assert a.dtype == b.dtype and torch.equal(a, b)
+        grads = [torch.autograd.grad(y.float().square().sum(), x)[0] for y in (a, b)]
+        assert torch.equal(*grads)
+
+
 def test_quantization_sees_normalised_numbers(tiny_tokenizer: MergeVQ, images: torch.Tensor) -> None:
     tokens = tiny_tokenizer.encode(images, 20)
     with torch.no_grad():
@@ -220,6 +252,18 @@ def test_the_fingerprint_sees_writes_that_torch_does_not_count(tiny_tokenizer: M
     assert len(seen) == 3
 
 
+def test_the_fingerprint_looks_at_weights_without_copying_them(tiny_tokenizer: MergeVQ) -> None:
+    before = tiny_tokenizer.fingerprint()
+    tiny_tokenizer.to(memory_format=torch.channels_last)
+    assert tiny_tokenizer.fingerprint() == before
+    convolutions = [p.detach() for p in tiny_tokenizer.encoder.parameters() if p.ndim == 4]
+    assert any(not weight.is_contiguous() for weight in convolutions)
+    for weight in convolutions:
+        assert _sample(weight).untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+    tiny_tokenizer.encoder.stem.conv_in.weight.data.mul_(1.5)
+    assert tiny_tokenizer.fingerprint() != before
+
+
 def test_a_model_made_in_inference_mode_works(tiny_config: TokenizerConfig, images: torch.Tensor) -> None:
     with torch.inference_mode():
         model = MergeVQ(tiny_config).eval()
@@ -255,10 +299,13 @@ def test_tokens_of_another_tokenizer_are_refused(
 ) -> None:
     tokens = tiny_tokenizer.encode(images, 20)
     torch.manual_seed(9)
-    with pytest.raises(TokenFileError, match="expected tokens of tokenizer"):
-        MergeVQ(tiny_config).decode(tokens)
-    with pytest.raises(ShapeError, match="8 bits, got 6"):
-        MergeVQ(replace(tiny_config, num_bits=8)).decode(replace(tokens, tokenizer=None))
+    other, wider = MergeVQ(tiny_config), MergeVQ(replace(tiny_config, num_bits=8))
+    for call, wide in ((other.decode, wider.decode), (other.recover, wider.recover)):
+        for given in (tokens, tokens.without_source()):
+            with pytest.raises(TokenFileError, match="expected tokens of tokenizer"):
+                call(given)
+            with pytest.raises(ShapeError, match="8 bits, got 6"):
+                wide(replace(given, tokenizer=None))
     with pytest.raises(ShapeError, match="source map"):
         replace(tokens, tokenizer=None, source=SourceMap.identity(3, 64))
 
@@ -320,11 +367,43 @@ def test_bad_images_are_refused(tiny_tokenizer: MergeVQ, images: torch.Tensor, m
         getattr(tiny_tokenizer, call)(make(images))
 
 
+@pytest.mark.parametrize("make", [np.array, torch.tensor, tuple])
+@pytest.mark.usefixtures("unchecked")
+def test_k_may_come_in_an_array(tiny_tokenizer: MergeVQ, images: torch.Tensor, make: Callable) -> None:
+    assert tiny_tokenizer.encode(images, make([20, 5, 64])).equal(tiny_tokenizer.encode(images, [20, 5, 64]))
+    with pytest.raises(ShapeError, match=r"one num_tokens per image \(3\)"):
+        tiny_tokenizer.encode(images, make([20, 5]))
+    for bad in ([[20], [5], [64]], [20.0, 5.0, 64.0], [True, True, True]):
+        with pytest.raises(ShapeError, match="an integer in"):
+            tiny_tokenizer.encode(images, make(bad))
+
+
+@pytest.mark.parametrize("make", [np.array, torch.tensor, list])
+@pytest.mark.usefixtures("unchecked")
+def test_features_and_alignment_have_one_k(tiny_tokenizer: MergeVQ, images: torch.Tensor, make: Callable) -> None:
+    for call in (tiny_tokenizer.features, tiny_tokenizer.align):
+        with pytest.raises(ShapeError, match=r"an integer in 1\.\.64"):
+            call(images, make([3, 4, 5]))
+        assert torch.equal(call(images, np.int64(4)), call(images, 4))
+
+
 @pytest.mark.parametrize("bad", [0, 65, -1])
 def test_bad_k_is_refused(tiny_tokenizer: MergeVQ, images: torch.Tensor, bad: int) -> None:
     for call in (tiny_tokenizer.encode, tiny_tokenizer.features, tiny_tokenizer.align):
         with pytest.raises(ShapeError, match=r"1\.\.64"):
             call(images, bad)
+
+
+def _encoder(**change: object) -> EncoderConfig:
+    return replace(
+        EncoderConfig(channels=8, multipliers=(1, 2), blocks=(1, 1), stem_stride=2, depth=2, heads=2), **change
+    )
+
+
+def _decoder(**change: object) -> DecoderConfig:
+    return replace(
+        DecoderConfig(channels=8, multipliers=(1, 2), blocks=(1, 1), output_stride=2, depth=1, heads=2), **change
+    )
 
 
 @pytest.mark.parametrize(
@@ -354,12 +433,37 @@ def test_bad_k_is_refused(tiny_tokenizer: MergeVQ, images: torch.Tensor, bad: in
         lambda: {
             "encoder": EncoderConfig(channels=8, multipliers=(1, 2), blocks=(1, 1), stem_stride=2, depth=0, heads=2)
         },
+        lambda: {"encoder": EncoderConfig(kind="vit", patch_size=4, vit_width=0, depth=1, heads=2)},
+        lambda: {"encoder": EncoderConfig(kind="vit", patch_size=0, vit_width=16, depth=1, heads=2)},
+        lambda: {"encoder": _encoder(channels=0)},
+        lambda: {"encoder": _encoder(multipliers=(-1, 2))},
+        lambda: {"encoder": _encoder(multipliers=(), blocks=())},
+        lambda: {"encoder": _encoder(channels=6, multipliers=(2, 4))},
+        lambda: {"decoder": _decoder(channels=0)},
+        lambda: {"decoder": _decoder(multipliers=(-1, 2))},
+        lambda: {"decoder": _decoder(multipliers=(), blocks=())},
+        lambda: {"recovery": RecoveryConfig(width=0)},
+        lambda: {"recovery": RecoveryConfig(width=-32, heads=2)},
+        lambda: {"alignment": AlignmentConfig(teacher_dim=0)},
+        lambda: {"alignment": AlignmentConfig(teacher_dim=10, blocks=-1)},
     ],
 )
 @pytest.mark.usefixtures("unchecked")
 def test_impossible_configurations_are_refused(tiny_config: TokenizerConfig, change: Callable[[], dict]) -> None:
-    with pytest.raises(ConfigError, match=r"must|need"):
+    with pytest.raises(ConfigError, match=r"must|need") as caught:
         replace(tiny_config, **change())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_the_width_of_a_vit_is_refused_where_group_norm_would_be(tiny_config: TokenizerConfig) -> None:
+    with pytest.raises(ConfigError, match="encoder widths must be multiples of num_groups 16, got 200"):
+        replace(
+            tiny_config,
+            num_groups=16,
+            encoder=EncoderConfig(kind="vit", patch_size=4, vit_width=200, depth=1, heads=4),
+            decoder=replace(tiny_config.decoder, channels=16),
+        )
 
 
 @pytest.mark.usefixtures("unchecked")

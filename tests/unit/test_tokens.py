@@ -311,6 +311,15 @@ def test_a_truncated_or_missing_or_foreign_file(tmp_path: Path) -> None:
     refused(path, "expected a tokens file, got a tokenizer file")
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32, torch.int64])
+def test_a_payload_that_is_not_bytes(tmp_path: Path, kind: torch.dtype) -> None:
+    path = tmp_path / "a.mvq"
+    save_tokens(path, make([5, 3]))
+    tensors, header = load_tensors(path)
+    save_tensors(path, {name: data.to(kind) for name, data in tensors.items()}, header)
+    refused(path, f"expected packed bytes, got index in {str(kind).removeprefix('torch.')}")
+
+
 def test_another_version(tmp_path: Path) -> None:
     path = tmp_path / "a.mvq"
     save_tokens(path, make([5, 3]))
