@@ -4,7 +4,6 @@ A tokenizer makes them, a generator makes them, a decoder draws them; none of th
 The file format is described in docs/file_formats.md.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from mergevq import __version__
 from mergevq.bitpacking import pack, unpack
+from mergevq.checksum import checksum, with_checksum
 from mergevq.errors import CheckpointError, ShapeError, TokenFileError
 from mergevq.files import check_format, load_tensors, refuse_existing, save_tensors
 from mergevq.merging import SourceMap
@@ -294,8 +294,8 @@ def save_tokens(path: str | Path, tokens: MergedTokens, force: bool = False) -> 
         "has_source": tokens.source is not None,
     }
     header = {"mergevq": _FORM, "version": __version__, **{name: json.dumps(value) for name, value in fields.items()}}
-    header["sha256"] = _checksum(header, payload)
-    save_tensors(path, {name: torch.from_numpy(data) for name, data in payload.items()}, header)
+    tensors = {name: torch.from_numpy(data) for name, data in payload.items()}
+    save_tensors(path, tensors, with_checksum(header, tensors))
 
 
 def load_tokens(path: str | Path, expect_tokenizer: str | None = None) -> MergedTokens:
@@ -314,7 +314,7 @@ def load_tokens(path: str | Path, expect_tokenizer: str | None = None) -> Merged
     except CheckpointError as error:
         raise TokenFileError(str(error)) from error
     payload = {name: data.numpy() for name, data in tensors.items()}
-    if header.get("sha256") != _checksum(header, payload):
+    if header.get("sha256") != checksum(header, tensors):
         raise TokenFileError(
             f"{path}: expected the tokens that were saved, the checksum differs: restore or encode again"
         )
@@ -351,13 +351,3 @@ def _decode_file(payload: dict[str, NDArray[np.uint8]], header: dict[str, str]) 
         widths = _ceil_log2(num_tokens).numpy()
         source = SourceMap(torch.from_numpy(unpack(payload["source"], lengths, widths)), num_tokens)
     return MergedTokens(index, source, (rows, columns), num_bits, tokenizer, num_tokens)
-
-
-def _checksum(header: dict[str, str], payload: dict[str, NDArray[np.uint8]]) -> str:
-    """Returns the SHA-256 of the whole file: the header's other strings, and each tensor's name, type and bytes."""
-    strings = {name: text for name, text in header.items() if name != "sha256"}
-    digest = hashlib.sha256(json.dumps(strings, sort_keys=True).encode())
-    for name, data in sorted(payload.items()):
-        digest.update(f"{name} {data.dtype} {data.shape}".encode())
-        digest.update(np.ascontiguousarray(data).data)
-    return digest.hexdigest()

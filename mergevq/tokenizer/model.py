@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mergevq.checksum import check_checksum
 from mergevq.errors import CheckpointError, ShapeError, TokenFileError
 from mergevq.files import load_strict, load_tensors
 from mergevq.merging import SourceMap, check_num_tokens, merge_schedule, unmerge
@@ -309,6 +310,7 @@ class MergeVQ(nn.Module):
             model = cls(config)
         model.to_empty(device="cpu")
         load_strict(model, tensors, str(path))
+        check_checksum(header, tensors, path)
         return model.to(device).eval()
 
     # ---------------------------------------------------------------------------------------------------------- private

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import mergevq.tokens
+from mergevq.checksum import checksum
 from mergevq.errors import OutputExistsError, ShapeError, TokenFileError, WriteError
 from mergevq.files import load_tensors, save_tensors
 from mergevq.merging import SourceMap
@@ -355,7 +355,7 @@ def test_a_header_that_does_not_fit_its_data(tmp_path: Path, change: dict[str, s
     save_tokens(path, make([5, 3]))
     tensors, header = load_tensors(path)
     header = {**header, **change}
-    header["sha256"] = mergevq.tokens._checksum(header, {name: data.numpy() for name, data in tensors.items()})
+    header["sha256"] = checksum(header, tensors)
     save_tensors(path, tensors, header)
     refused(path, "expected a header that fits the data")
 
