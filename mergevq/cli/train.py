@@ -4,6 +4,7 @@ their defaults.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -80,12 +81,20 @@ def train_tokenizer(words: Sequence[str]) -> Callable[..., None]:
                 data.teacher_cache, which must be the same elsewhere.
             init: Start from the weights of this tokenizer: a file, a run's folder, or a Hugging Face hub id.
             force: Start anew in a folder that holds something; an earlier run's files are removed.
-            dry_run: Print the resolved configuration, what differs from the preset and the parameter counts, and stop.
+            dry_run: Print the resolved configuration, what differs from the preset and the parameter counts, and stop,
+                after the checks of a start.
         """
         run = TokenizerRun(parts(TokenizerConfig, model), loss, data, optim, loop)
         if dry_run:
             from mergevq.training.dry_run import dry_run as describe
+            from mergevq.training.inputs import open_images
+            from mergevq.training.loop import check_start
+            from mergevq.training.state import check_init
 
+            fits = partial(check_init, run.model)
+            check_start(out, run, resume=resume, init=init, force=force, check_init=fits)
+            if data.train:
+                open_images(run)
             print(describe(run, base))
             return
         from mergevq.training.tokenizer import train_tokenizer
@@ -163,17 +172,24 @@ def train_generator(words: Sequence[str]) -> Callable[..., None]:
                 elsewhere.
             init: Start from the weights of this generator: a file, a run's folder, or a Hugging Face hub id.
             force: Start anew in a folder that holds something; an earlier run's files are removed.
-            dry_run: Print the resolved configuration, what differs from the preset and the parameter counts, and stop.
-                With tokens it is the configuration that they decide.
+            dry_run: Print the resolved configuration, what differs from the preset and the parameter counts, and stop,
+                after the checks of a start. With tokens it is the configuration that they decide.
         """
         # Groups of one's own are for tokens of as many bits.
         mask, bits = parts(MaskConfig, model.mask), sum(model.groups)
         run = GeneratorRun(parts(GeneratorConfig, model, mask=mask, num_bits=bits), loss, data, optim, loop)
         if dry_run:
             from mergevq.training.dry_run import dry_run as describe
+            from mergevq.training.generator_state import check_init, read_given
+            from mergevq.training.loop import check_start
             from mergevq.training.token_inputs import open_tokens
 
-            print(describe(open_tokens(run)[0] if data.tokens or data.train else run, base))
+            known = bool(data.tokens or data.train)
+            run = open_tokens(run)[0] if known else run
+            # Without tokens nobody knows the rest of the model.
+            fits = partial(check_init if known else read_given, run.model)
+            check_start(out, run, resume=resume, init=init, force=force, check_init=fits)
+            print(describe(run, base))
             return
         from mergevq.training.generator import train_generator
 
@@ -232,21 +248,28 @@ def train_recovery(words: Sequence[str]) -> Callable[..., None]:
             init: Start from the recovery of this tokenizer, which must have the run's shape: a file, a run's folder, or
                 a Hugging Face hub id.
             force: Start anew in a folder that holds something; an earlier run's files are removed.
-            dry_run: Print the resolved configuration, what differs from the preset and the parameter counts, and stop.
-                With a tokenizer and its tokens it is the configuration that they decide.
+            dry_run: Print the resolved configuration, what differs from the preset and the parameter counts, and stop,
+                after the checks of a start. With a tokenizer and its tokens it is the configuration that they decide.
             fine_tune: Go on from the recovery that the tokenizer has, if it has one, whatever its shape; without, train
                 a new one instead.
         """
         run = RecoveryRun(fine_tune, parts(RecoveryConfig, recovery), data, optim, loop)
         if dry_run:
+            from mergevq.model_files import find_model_file
             from mergevq.training.dry_run import dry_run as describe
+            from mergevq.training.loop import check_start
+            from mergevq.training.recovery import check_init
             from mergevq.training.recovery_inputs import open_inputs, resolve
 
             if not (data.tokenizer or data.tokens or data.val_tokens):
+                check_start(out, run, resume=resume, init=init, force=force, check_init=find_model_file)
                 print(describe(run, base))
                 return
             inputs = open_inputs(run, out)
-            print(describe(resolve(run, inputs), base, inputs.tok.config))
+            run = resolve(run, inputs)
+            fits = partial(check_init, run.recovery)
+            check_start(out, run, resume=resume, init=init, force=force, check_init=fits)
+            print(describe(run, base, inputs.tok.config))
             return
         from mergevq.training.recovery import train_recovery
 
