@@ -1,18 +1,15 @@
 """The command `mergevq`: finds the verb, runs it, and turns our errors into one line.
 
-Nothing here and nothing at the top of a verb's file imports torch, so that `--help` answers at once.
+Nothing here and nothing at the top of a verb's file imports torch, so that `--help` answers at once. What takes a
+moment to import, the parser too, is imported inside `main`, so that Ctrl-C is one line from the beginning.
 """
 
-import difflib
-import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
-
-import tyro
 
 from mergevq import __version__
 from mergevq.errors import ConfigError, MergeVQError
@@ -78,6 +75,8 @@ def _run(words: list[str]) -> None:
     for length in (2, 1):
         verb = " ".join(words[:length])
         if verb in VERBS:
+            import tyro
+
             module, function = VERBS[verb][0].split(":")
             rest, run = words[length:], getattr(import_module(module), function)
             flags: tuple[Any, ...] = (tyro.conf.FlagCreatePairsOff,)
@@ -94,6 +93,8 @@ def _run(words: list[str]) -> None:
         print(_help(below))
         return
     given = " ".join(words[: 2 if below else 1])
+    import difflib
+
     near = difflib.get_close_matches(given, VERBS, n=2, cutoff=0.5) or list(below or VERBS)
     raise ConfigError(f"expected a verb, got {given!r}: did you mean {' or '.join(near)}? See mergevq --help")
 
@@ -117,6 +118,8 @@ def _help(verbs: dict[str, tuple[str, str]]) -> str:
 @contextmanager
 def _warnings_on_stderr() -> Iterator[None]:
     """Shows what the package logs, such as images that cannot be read, as lines of ours."""
+    import logging
+
     log, handler = logging.getLogger("mergevq"), logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("mergevq: %(levelname)s: %(message)s"))
     log.addHandler(handler)
