@@ -31,6 +31,8 @@ def find_model_file(name: str | Path, suffix: str = ".safetensors", role: str = 
     Raises:
         CheckpointError: there is no such file, or the hub cannot be reached or does not have it.
     """
+    if not isinstance(name, str | Path):
+        raise CheckpointError(f"expected the name of a model, a file, a folder or a hub id, got {name!r}: give one")
     file_name = f"model{suffix}"
     path = Path(name).expanduser()
     if path.is_file():

@@ -18,6 +18,7 @@ from torch import Tensor
 from mergevq import __version__
 from mergevq.bitpacking import pack, unpack
 from mergevq.checksum import checksum, with_checksum
+from mergevq.configuration import check_is
 from mergevq.errors import CheckpointError, ShapeError, TokenFileError
 from mergevq.files import check_format, load_tensors, refuse_existing, save_tensors
 from mergevq.merging import SourceMap
@@ -277,6 +278,7 @@ def save_tokens(path: str | Path, tokens: MergedTokens, force: bool = False) -> 
         OutputExistsError: the file exists.
         WriteError: it cannot be written; what was there before is untouched.
     """
+    check_is(tokens, MergedTokens, "save_tokens(path, tokens) takes the path first")
     refuse_existing(path, force)
     tokens = tokens.to("cpu")
     num_tokens = tokens.num_tokens.numpy()

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mergevq.checksum import check_checksum
+from mergevq.configuration import check_is
 from mergevq.errors import CheckpointError, ShapeError, TokenFileError
 from mergevq.files import load_strict, load_tensors
 from mergevq.merging import SourceMap, check_num_tokens, merge_schedule, unmerge
@@ -51,6 +52,7 @@ class MergeVQ(nn.Module):
     """
 
     def __init__(self, config: TokenizerConfig) -> None:
+        check_is(config, TokenizerConfig, "presets.tokenizer(name).model is one; MergeVQ.from_pretrained loads a model")
         super().__init__()
         self.config = config
         quant = config.quantizer
@@ -73,7 +75,7 @@ class MergeVQ(nn.Module):
     def encode(
         self,
         images: Float[Tensor, "B 3 H W"],
-        num_tokens: int | Sequence[int] | None = None,
+        num_tokens: int | Sequence[int] | Int[Tensor, "..."] | None = None,
         dtype: torch.dtype | None = None,
     ) -> MergedTokens:
         """Returns the tokens of the images, with their source map.
@@ -124,6 +126,7 @@ class MergeVQ(nn.Module):
             TokenFileError: another tokenizer made the tokens.
             CheckpointError: the source is missing and this model has no recovery.
         """
+        check_is(tokens, MergedTokens, "encode, load_tokens and generators make them")
         if tokens.num_bits != self.config.num_bits:
             raise ShapeError(
                 f"expected tokens of {self.config.num_bits} bits, got {tokens.num_bits}: another tokenizer made them"

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mergevq.configuration import check_is
 from mergevq.data.augment import sample_rng
 from mergevq.data.folder import ImageFolder
 from mergevq.data.loader import Batch
@@ -120,6 +121,7 @@ def finetune(
 
     Reference: appendix A.4 of the paper.
     """
+    check_is(run, FinetuneRun, "presets.finetune(name) is one")
     out = Path(out)
     fabric = build_fabric(hardware or HardwareConfig())
     inputs = open_inputs(run, out, tokenizer, train_data, val_data, fabric.world_size)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mergevq.configuration import check_is
 from mergevq.data.token_cache import TokenBatch, TokenCache
 from mergevq.tokenizer.model import MergeVQ
 from mergevq.training.config import HardwareConfig
@@ -132,6 +133,7 @@ def train_generator(
         NonFiniteLossError: a loss became NaN or infinite; the last saved state is whole.
         TrainingStopped: a signal stopped the run and its state was saved; a SystemExit with 128 + the signal's number.
     """
+    check_is(run, GeneratorRun, "presets.generator(name) is one")
     out = Path(out)
     fabric = build_fabric(hardware or HardwareConfig())
     run, inputs = open_tokens(run, cache, val_cache, tokenizer, fabric.world_size)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from mergevq.configuration import check_is
 from mergevq.data.token_batches import token_batches
 from mergevq.data.token_cache import TokenBatch, TokenCache
 from mergevq.errors import CheckpointError, ConfigError
@@ -194,6 +195,7 @@ def train_recovery(
         NonFiniteLossError: a loss became NaN or infinite; the last saved state is whole.
         TrainingStopped: a signal stopped the run and its state was saved; a SystemExit with 128 + the signal's number.
     """
+    check_is(run, RecoveryRun, "presets.recovery(name) is one")
     out = Path(out)
     fabric = build_fabric(hardware or HardwareConfig())
     inputs = open_inputs(run, out, tokenizer, cache, val_cache, fabric.world_size)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mergevq.configuration import check_is
 from mergevq.data.folder import ImageFolder
 from mergevq.data.loader import Batch
 from mergevq.tokenizer.model import MergeVQ
@@ -152,6 +153,7 @@ def train_tokenizer(
         NonFiniteLossError: a loss became NaN or infinite; the last saved state is whole.
         TrainingStopped: a signal stopped the run and its state was saved; a SystemExit with 128 + the signal's number.
     """
+    check_is(run, TokenizerRun, "presets.tokenizer(name) is one")
     out = Path(out)
     hardware = hardware or HardwareConfig()
     fabric = build_fabric(hardware)
