@@ -59,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
-    except KeyboardInterrupt:
-        print("mergevq: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"mergevq: interrupted{f': {stop}' if str(stop) else ''}", file=sys.stderr)
         return 130
     return 0
 
