@@ -311,7 +311,7 @@ def load_tokens(path: str | Path, expect_tokenizer: str | None = None) -> Merged
         TokenFileError: the file is missing, damaged, of another kind or version, or of another tokenizer.
     """
     try:
-        tensors, header = load_tensors(path)
+        tensors, header = load_tensors(path, what="token file (.mvq)")
         check_format(header, _FORM, path)
     except CheckpointError as error:
         raise TokenFileError(str(error)) from error

@@ -28,6 +28,11 @@ def info(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE
 
         print(read_report(file))
         return
+    if file.is_dir() and not (file / "model.safetensors").is_file():
+        raise CheckpointError(
+            f"{file}: expected a folder with a model.safetensors (a training run) or a manifest.json (a cache of "
+            "tokens or of a teacher), or a file: a model, tokens (.mvq), the .json of an evaluation; got another folder"
+        )
     path = find_model_file(file)
     header = read_header(path)
     kind = header.get("mergevq", "")

@@ -95,8 +95,9 @@ def _run(words: list[str]) -> None:
     given = " ".join(words[: 2 if below else 1])
     import difflib
 
-    near = difflib.get_close_matches(given, VERBS, n=2, cutoff=0.5) or list(below or VERBS)
-    raise ConfigError(f"expected a verb, got {given!r}: did you mean {' or '.join(near)}? See mergevq --help")
+    near = difflib.get_close_matches(given, VERBS, n=2, cutoff=0.5) or list(below)
+    hint = f"did you mean {' or '.join(near)}? See" if near else "see"
+    raise ConfigError(f"expected a verb, got {given!r}: {hint} mergevq --help")
 
 
 def _help(verbs: dict[str, tuple[str, str]]) -> str:
@@ -130,7 +131,8 @@ def _warnings_on_stderr() -> Iterator[None]:
 
 
 def _fail(message: str) -> int:
-    print("mergevq: error:", " ".join(message.split()), file=sys.stderr)
+    # The only advice that is written otherwise in Python.
+    print("mergevq: error:", " ".join(message.split()).replace("force=True", "--force"), file=sys.stderr)
     return 2
 
 

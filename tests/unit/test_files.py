@@ -188,7 +188,7 @@ def test_refuse_existing(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
     for taken in (tmp_path / "file", tmp_path, tmp_path / "broken"):
-        assert "--force" in message(lambda taken=taken: refuse_existing(taken, force=False), OutputExistsError)
+        assert "force=True" in message(lambda taken=taken: refuse_existing(taken, force=False), OutputExistsError)
         refuse_existing(taken, force=True)
 
 

@@ -308,7 +308,7 @@ def test_a_truncated_or_missing_or_foreign_file(tmp_path: Path) -> None:
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
     refused(path, "a PNG image")
     save_tensors(path, {"w": torch.ones(2)}, {"mergevq": "tokenizer/1"})
-    refused(path, "expected a tokens file, got a tokenizer file")
+    refused(path, "expected a token file (.mvq), got a tokenizer file")
 
 
 def test_another_version(tmp_path: Path) -> None:
