@@ -14,6 +14,22 @@ from mergevq.errors import ConfigError
 T = TypeVar("T")
 
 
+def check_is(value: object, kind: type, advice: str) -> None:
+    """Checks that an argument is what the signature says, where another thing is easily given.
+
+    Args:
+        value: the argument.
+        kind: its class.
+        advice: what makes or names one.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if not isinstance(value, kind):
+        came = repr(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+        raise ConfigError(f"expected a {kind.__name__}, got {came}: {advice}")
+
+
 def check_types(config: Any, path: str = "") -> None:
     """Checks that every field of a dataclass, and of those in it, has a value of its type.
 

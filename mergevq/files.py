@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, tensors with a header and no pickle, strict loading, and where a model file is.
+"""Files: written whole or not at all, tensors with a header and no pickle, strict loading.
 
 Everything mergevq writes goes through `atomic_path`: a temporary file in the same folder, fsync, rename. A full disk or
 a killed process leaves the file that was there before. The formats are described in docs/file_formats.md.
@@ -23,6 +23,8 @@ from mergevq.errors import CheckpointError, OutputExistsError, ShapeError, Write
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _SHOWN_KEYS = 10
+_WORDS = {"tokens": "token file (.mvq)"}
+"""Kinds of files that are not called by their own name."""
 _MAGIC = (
     (b"\x89PNG", "a PNG image", "give a model or token file"),
     (b"\xff\xd8\xff", "a JPEG image", "give a model or token file"),
@@ -92,7 +94,7 @@ def refuse_existing(path: str | Path, force: bool) -> None:
     path = Path(path)
     if force or not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
         return
-    raise OutputExistsError(f"{path} exists already: choose another name, or overwrite it with --force (force=True)")
+    raise OutputExistsError(f"{path} exists already: choose another name, or overwrite it with force=True")
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -151,17 +153,20 @@ def read_json(path: str | Path) -> Any:
         raise CheckpointError(f"{path}: expected JSON, the file is damaged ({error}): restore or delete it") from error
 
 
-def load_tensors(path: str | Path, names: Sequence[str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load_tensors(
+    path: str | Path, names: Sequence[str] | None = None, what: str = "safetensors file"
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns the tensors, on the CPU, and the header of a safetensors file.
 
     Args:
         path: the file.
         names: read these tensors only; None reads all.
+        what: is expected there, for messages.
 
     Raises:
         CheckpointError: the file is missing, truncated, or not a safetensors file; or it has no tensor of a name.
     """
-    with _opened(Path(path)) as file:
+    with _opened(Path(path), what) as file:
         known = file.keys()
         missing = [name for name in names or () if name not in known]
         if missing:
@@ -200,9 +205,8 @@ def check_format(header: Mapping[str, Any], form: str, path: str | Path) -> None
         )
     found_kind, _, found_version = found.partition("/")
     if found_kind != kind:
-        raise CheckpointError(
-            f"{path}: expected a {kind} file, got a {found_kind} file: give the path of a {kind} file"
-        )
+        wanted, came = (_WORDS.get(name, f"{name} file") for name in (kind, found_kind))
+        raise CheckpointError(f"{path}: expected a {wanted}, got a {came}: give the path of a {wanted}")
     if found_version != version:
         newer = found_version.isdecimal() and int(found_version) > int(version)
         advice = f"mergevq {header.get('version', '?')} wrote it, upgrade mergevq" if newer else "write it again"
@@ -304,13 +308,13 @@ def _fits(own: Tensor, given: Tensor) -> bool:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path, what: str = "safetensors file") -> Iterator[Any]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             yield file
     except (OSError, safetensors.SafetensorError) as error:
         came, advice = _what_came(path, error)
-        raise CheckpointError(f"{path}: expected a safetensors file, got {came}: {advice}") from error
+        raise CheckpointError(f"{path}: expected a {what}, got {came}: {advice}") from error
 
 
 def _what_came(path: Path, error: Exception) -> tuple[str, str]:

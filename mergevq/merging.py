@@ -288,13 +288,13 @@ def _nearest_linear(num_merged: int, depth: int) -> list[int]:
     return best
 
 
-def check_num_tokens(num_tokens: int | Sequence[int], batch: int, num_patches: int) -> list[int]:
+def check_num_tokens(num_tokens: int | Sequence[int] | Tensor, batch: int, num_patches: int) -> list[int]:
     """Returns K of each of `batch` images from one number or a list (or an array or a tensor).
 
     Raises:
         ShapeError: not integers in 1..L, or not one number per image.
     """
-    if hasattr(num_tokens, "tolist"):
+    if hasattr(num_tokens, "tolist"):  # Tensors, and NumPy's arrays and numbers.
         num_tokens = num_tokens.tolist()
     if isinstance(num_tokens, Sequence) and not isinstance(num_tokens, str):
         counts = list(num_tokens)

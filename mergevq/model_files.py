@@ -31,6 +31,8 @@ def find_model_file(name: str | Path, suffix: str = ".safetensors", role: str = 
     Raises:
         CheckpointError: there is no such file, or the hub cannot be reached or does not have it.
     """
+    if not isinstance(name, str | Path):
+        raise CheckpointError(f"expected the name of a model, a file, a folder or a hub id, got {name!r}: give one")
     file_name = f"model{suffix}"
     path = Path(name).expanduser()
     if path.is_file():
@@ -61,6 +63,7 @@ def _download(repository: str, file_name: str) -> Path:
 
     here = f"{repository}: no such file or folder here, and"
     try:
+        _ask_once(repository, file_name)
         return Path(hf_hub_download(repository, file_name))
     except errors.LocalEntryNotFoundError as error:  # One of the EntryNotFoundErrors, but it means: no connection.
         raise CheckpointError(f"{here} the hub cannot be reached: check the path, or the network connection") from error
@@ -71,3 +74,20 @@ def _download(repository: str, file_name: str) -> Path:
     except Exception as error:  # The client's, its HTTP library's and the system's errors have no common base.
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(f"{here} the hub does not give it ({reason}): try again, or give a file") from error
+
+
+def _ask_once(repository: str, file_name: str) -> None:
+    """Raises if the hub cannot be reached and nothing is kept from before.
+
+    The client itself would try six times, half a minute long, and tell of each.
+    """
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(repository, file_name), str):
+        return  # Then the client tries once.
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, file_name))
+    except errors.HfHubHTTPError:
+        return  # An answer; the client knows what it means.
+    except Exception as error:  # The HTTP library's errors have no base of the client's.
+        raise errors.LocalEntryNotFoundError(str(error)) from error

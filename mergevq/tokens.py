@@ -4,7 +4,6 @@ A tokenizer makes them, a generator makes them, a decoder draws them; none of th
 The file format is described in docs/file_formats.md.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from torch import Tensor
 
 from mergevq import __version__
 from mergevq.bitpacking import pack, unpack
+from mergevq.checksum import checksum, with_checksum
+from mergevq.configuration import check_is
 from mergevq.errors import CheckpointError, ShapeError, TokenFileError
 from mergevq.files import check_format, load_tensors, refuse_existing, save_tensors
 from mergevq.merging import SourceMap
@@ -277,6 +278,7 @@ def save_tokens(path: str | Path, tokens: MergedTokens, force: bool = False) -> 
         OutputExistsError: the file exists.
         WriteError: it cannot be written; what was there before is untouched.
     """
+    check_is(tokens, MergedTokens, "save_tokens(path, tokens) takes the path first")
     refuse_existing(path, force)
     tokens = tokens.to("cpu")
     num_tokens = tokens.num_tokens.numpy()
@@ -294,8 +296,8 @@ def save_tokens(path: str | Path, tokens: MergedTokens, force: bool = False) -> 
         "has_source": tokens.source is not None,
     }
     header = {"mergevq": _FORM, "version": __version__, **{name: json.dumps(value) for name, value in fields.items()}}
-    header["sha256"] = _checksum(header, payload)
-    save_tensors(path, {name: torch.from_numpy(data) for name, data in payload.items()}, header)
+    tensors = {name: torch.from_numpy(data) for name, data in payload.items()}
+    save_tensors(path, tensors, with_checksum(header, tensors))
 
 
 def load_tokens(path: str | Path, expect_tokenizer: str | None = None) -> MergedTokens:
@@ -309,7 +311,7 @@ def load_tokens(path: str | Path, expect_tokenizer: str | None = None) -> Merged
         TokenFileError: the file is missing, damaged, of another kind or version, or of another tokenizer.
     """
     try:
-        tensors, header = load_tensors(path)
+        tensors, header = load_tensors(path, what="token file (.mvq)")
         check_format(header, _FORM, path)
     except CheckpointError as error:
         raise TokenFileError(str(error)) from error
@@ -317,7 +319,7 @@ def load_tokens(path: str | Path, expect_tokenizer: str | None = None) -> Merged
         if data.dtype != torch.uint8:  # NumPy does not know them all.
             raise TokenFileError(f"{path}: expected packed bytes, got {name} in {_describe(data)}: encode again")
     payload = {name: data.numpy() for name, data in tensors.items()}
-    if header.get("sha256") != _checksum(header, payload):
+    if header.get("sha256") != checksum(header, tensors):
         raise TokenFileError(
             f"{path}: expected the tokens that were saved, the checksum differs: restore or encode again"
         )
@@ -354,13 +356,3 @@ def _decode_file(payload: dict[str, NDArray[np.uint8]], header: dict[str, str]) 
         widths = _ceil_log2(num_tokens).numpy()
         source = SourceMap(torch.from_numpy(unpack(payload["source"], lengths, widths)), num_tokens)
     return MergedTokens(index, source, (rows, columns), num_bits, tokenizer, num_tokens)
-
-
-def _checksum(header: dict[str, str], payload: dict[str, NDArray[np.uint8]]) -> str:
-    """Returns the SHA-256 of the whole file: the header's other strings, and each tensor's name, type and bytes."""
-    strings = {name: text for name, text in header.items() if name != "sha256"}
-    digest = hashlib.sha256(json.dumps(strings, sort_keys=True).encode())
-    for name, data in sorted(payload.items()):
-        digest.update(f"{name} {data.dtype} {data.shape}".encode())
-        digest.update(np.ascontiguousarray(data).data)
-    return digest.hexdigest()

@@ -1,4 +1,5 @@
-"""Puts trained models into the package, in half precision: `mergevq/weights/<name>/<role>.safetensors`.
+"""Puts trained models into the package, in half precision and with a checksum:
+`mergevq/weights/<name>/<role>.safetensors`.
 
     python scripts/ship_weights.py emoji_64 --tokenizer RUN --merge-ar RUN --random-ar RUN
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mergevq.cli.options import check_batch_size, choose_device, progress
+from mergevq.cli.options import check_batch_size, check_source, choose_device, counted, goes_on, progress
 from mergevq.training.config import LossConfig
 
 
@@ -49,11 +49,12 @@ def cache_teacher(
     from mergevq.data.teacher_cache import teacher_folder, write_teacher_cache
     from mergevq.layers.teachers import load_teacher
 
+    check_source(data)
     check_batch_size(batch_size)
     check_free(teacher_folder(out), force)
     images = images_of_split(data, split, val_fraction)
     network = load_teacher(teacher, weights=teacher_weights)
-    with progress("teacher", len(images)) as advance:
+    with goes_on("the same command without --force"), progress("teacher", len(images)) as advance:
         cache = write_teacher_cache(
             network,
             images,
@@ -69,5 +70,5 @@ def cache_teacher(
     held = cache.settings
     left_out = f", {len(cache.unreadable)} unreadable left out" if cache.unreadable else ""
     size_in_bytes = sum(path.stat().st_size for path in out.iterdir() if path.suffix in (".safetensors", ".json"))
-    print(f"{out}: {len(cache):,} images of {size} x {size} pixels{left_out}, {size_in_bytes:,} bytes")
+    print(f"{out}: {counted(len(cache), 'image')} of {size} x {size} pixels{left_out}, {size_in_bytes:,} bytes")
     print(f"{held.teacher}, {held.width} numbers an image, weights {held.checksum[:12]}, images {held.preprocessing}")

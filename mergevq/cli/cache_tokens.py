@@ -5,7 +5,19 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from mergevq.cli.options import Counts, Model, Size, check_batch_size, choose_device, choose_size, progress
+from mergevq.cli.models import Tokenizer
+from mergevq.cli.options import (
+    Counts,
+    Size,
+    check_at_least_one,
+    check_batch_size,
+    check_source,
+    choose_device,
+    choose_size,
+    counted,
+    goes_on,
+    progress,
+)
 
 
 def _read_words(words: list[str]) -> tuple[str, ...]:
@@ -35,7 +47,7 @@ Words = Annotated[
 def cache_tokens(
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")],
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="DIR")],
-    model: Model,
+    model: Tokenizer,
     num_tokens: Counts = (),
     views: Words = ("crop",),
     split: Literal["train", "val", "all"] = "train",
@@ -55,7 +67,7 @@ def cache_tokens(
     Args:
         data: Folder of images, a .zip, a pattern that names several .zip files, or the word embedded.
         out: Folder to write.
-        model: Model file, folder of a training run, or Hugging Face hub id.
+        model: The tokenizer.
         num_tokens: Kept tokens; every image is encoded at each K.
         views: crop (the middle of the image), flip (the same mirrored), or crop,flip.
         split: What training on the data trains on, what it holds out, or all of it.
@@ -75,7 +87,9 @@ def cache_tokens(
     from mergevq.data.sources import images_of_split
     from mergevq.tokenizer.model import MergeVQ
 
+    check_source(data)
     check_batch_size(batch_size)
+    check_at_least_one("--num-tokens", *num_tokens)
     seen = check_views(views)
     check_free(token_folder(out), force)
     images = images_of_split(data, split, val_fraction)
@@ -85,7 +99,7 @@ def cache_tokens(
     tok = MergeVQ.from_pretrained(model, device=choose_device(device))
     counts = num_tokens or (tok.config.num_tokens,)
     side = choose_size(tok.config, size, counts)
-    with progress("encode", len(images)) as advance:
+    with goes_on("the same command without --force"), progress("encode", len(images)) as advance:
         cache = write_token_cache(
             tok,
             images,
@@ -103,6 +117,6 @@ def cache_tokens(
     classes = f"{cache.num_classes} classes" if cache.num_classes else "no classes"
     kept = ", ".join(map(str, cache.num_tokens))
     size_in_bytes = sum(path.stat().st_size for path in out.iterdir() if path.suffix in (".safetensors", ".json"))
-    print(f"{out}: {len(cache):,} images of {side} x {side} pixels{left_out}, {classes}")
+    print(f"{out}: {counted(len(cache), 'image')} of {side} x {side} pixels{left_out}, {classes}")
     print(f"{kept} of {cache.grid[0] * cache.grid[1]} tokens an image, {cache.num_bits} bits a token")
     print(f"{' and '.join(cache.views)}, {size_in_bytes:,} bytes, tokenizer {cache.tokenizer[:12]}")

@@ -5,13 +5,14 @@ from typing import Annotated
 
 import tyro
 
-from mergevq.cli.options import Model, check_batch_size, choose_device, progress
+from mergevq.cli.models import TokenizerOf
+from mergevq.cli.options import check_batch_size, choose_device, counted, progress
 
 
 def decode(
     tokens: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.mvq")],
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="DIR")],
-    model: Model,
+    model: TokenizerOf,
     predict_source: bool = False,
     batch_size: int = 16,
     device: str = "auto",
@@ -22,7 +23,7 @@ def decode(
     Args:
         tokens: Token file (.mvq).
         out: Folder for the images.
-        model: The model that made the tokens: file, folder of a training run, or Hugging Face hub id.
+        model: The tokenizer that made the tokens.
         predict_source: Ignore the stored source maps and let the model predict them from the tokens.
         batch_size: Images at a time.
         device: auto, cpu, cuda, cuda:1, ...
@@ -48,4 +49,4 @@ def decode(
             write_images(out, tok.decode(part), names, force=force)
             written += len(names)
             advance(len(part))
-    print(f"{out}: {written} images")
+    print(f"{out}: {counted(written, 'image')}")

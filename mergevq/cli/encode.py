@@ -5,14 +5,25 @@ from typing import Annotated
 
 import tyro
 
-from mergevq.cli.options import Counts, Model, Size, check_batch_size, choose_device, choose_size, progress
+from mergevq.cli.models import Tokenizer
+from mergevq.cli.options import (
+    Counts,
+    Size,
+    check_at_least_one,
+    check_batch_size,
+    check_source,
+    choose_device,
+    choose_size,
+    counted,
+    progress,
+)
 from mergevq.errors import ConfigError, TokenFileError
 
 
 def encode(
     images: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")],
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE.mvq")],
-    model: Model,
+    model: Tokenizer,
     num_tokens: Counts = (),
     size: Size = None,
     batch_size: int = 16,
@@ -24,13 +35,19 @@ def encode(
     Args:
         images: An image, a folder of images, or a .zip of images; they are taken in the order of their names.
         out: Token file to write.
-        model: Model file, folder of a training run, or Hugging Face hub id.
+        model: The tokenizer.
         num_tokens: Kept tokens of every image.
         size: Side in pixels: the short side is resized to it, the middle is cut out.
         batch_size: Images at a time.
         device: auto, cpu, cuda, cuda:1, ...
         force: Overwrite the output.
     """
+    check_source(images, "an image, a folder of images or a .zip")
+    check_batch_size(batch_size)
+    check_at_least_one("--num-tokens", *num_tokens)
+    if len(num_tokens) > 1:
+        raise ConfigError(f"expected one K for a token file, got {len(num_tokens)}: write one file for each")
+
     from mergevq.data.folder import ImageFolder
     from mergevq.data.images import SUFFIXES, read_images
     from mergevq.data.loader import evaluation_batches
@@ -40,10 +57,7 @@ def encode(
 
     if out.suffix != ".mvq":
         raise TokenFileError(f"expected a token file that ends in .mvq, got {out}")
-    check_batch_size(batch_size)
     refuse_existing(out, force)
-    if len(num_tokens) > 1:
-        raise ConfigError(f"expected one K for a token file, got {len(num_tokens)}: write one file for each")
     single = images.suffix.lower() in SUFFIXES and not images.is_dir()
     data = None if single else ImageFolder(images)
     device = choose_device(device)
@@ -63,7 +77,7 @@ def encode(
 
     bits = tokens.bits_per_image()
     left_out = f", {total - len(tokens)} unreadable left out" if len(tokens) < total else ""
-    print(f"{out}: {len(tokens)} images of {side} x {side} pixels{left_out}")
+    print(f"{out}: {counted(len(tokens), 'image')} of {side} x {side} pixels{left_out}")
     print(f"{int(tokens.num_tokens[0])} of {tokens.num_patches} tokens an image, {tokens.num_bits} bits a token")
     print(f"{int(bits.total[0]):,} bits an image: {int(bits.index[0]):,} index + {int(bits.source[0]):,} source map")
     print(f"{out.stat().st_size:,} bytes in the file")

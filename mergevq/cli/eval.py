@@ -5,13 +5,23 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mergevq.cli.options import Counts, Model, Size, check_batch_size, choose_device, choose_size, progress
+from mergevq.cli.models import Tokenizer
+from mergevq.cli.options import (
+    Counts,
+    Size,
+    check_at_least_one,
+    check_batch_size,
+    check_source,
+    choose_device,
+    choose_size,
+    progress,
+)
 
 
 def eval_reconstruction(
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")],
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="DIR")],
-    model: Model,
+    model: Tokenizer,
     num_tokens: Counts = (),
     network: Literal["lite1", "inception", "none"] = "lite1",
     perceptual: Literal["lite0", "lpips", "none"] = "lite0",
@@ -29,7 +39,7 @@ def eval_reconstruction(
     Args:
         data: Folder of images, a .zip, a pattern that names several .zip files, or the word embedded.
         out: Folder for the results.
-        model: Model file, folder of a training run, or Hugging Face hub id.
+        model: The tokenizer.
         num_tokens: Kept tokens, one row for each K.
         network: Features for the distance between originals and reconstructions. inception gives rFID and is
             downloaded; lite1 gives another number, from a package.
@@ -43,6 +53,11 @@ def eval_reconstruction(
         seed: Of the two halves of the originals whose distance is given for reference.
         force: Write into a folder that holds files already; files of the same names are replaced.
     """
+    check_source(data)
+    check_batch_size(batch_size)
+    check_at_least_one("--num-tokens", *num_tokens)
+    check_at_least_one("--limit", limit)
+
     from rich.console import Console
 
     from mergevq.data.sources import evaluation_images
@@ -51,7 +66,6 @@ def eval_reconstruction(
     from mergevq.files import refuse_existing, write_json
     from mergevq.tokenizer.model import MergeVQ
 
-    check_batch_size(batch_size)
     check_packages()
     refuse_existing(out, force)
     images = evaluation_images(data)

@@ -7,20 +7,28 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from mergevq.cli.eval_generation import Count, Floats
+from mergevq.cli.eval_generation import Count
+from mergevq.cli.models import Tokenizer, model_help
+from mergevq.cli.numbers import Floats
 from mergevq.cli.options import Counts, Size, check_batch_size, choose_device, choose_size, progress
 from mergevq.errors import ConfigError
 
-_NAME = Annotated[str, tyro.conf.arg(metavar="M")]
-_OTHER = Annotated[str | None, tyro.conf.arg(metavar="M", help_behavior_hint="(default: none)")]
+_GENERATOR = Annotated[
+    str | None,
+    tyro.conf.arg(
+        metavar="G",
+        help=model_help("merge_ar", "random_ar", first="A generator that was trained with the tokenizer: file"),
+        help_behavior_hint="(default: none)",
+    ),
+]
 _OUT = "results"  # Where a command that is told writes to.
 
 
 def eval_all(
-    tokenizer: _NAME,
+    tokenizer: Tokenizer,
     data: Annotated[str, tyro.conf.arg(metavar="DATA")],
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="DIR")],
-    generator: _OTHER = None,
+    generator: _GENERATOR = None,
     train: Annotated[str | None, tyro.conf.arg(metavar="DATA", help_behavior_hint="(default: see there)")] = None,
     parts: Annotated[str, tyro.conf.arg(metavar="NAME,...", help_behavior_hint="(default: all)")] = "",
     num_tokens: Annotated[Counts, tyro.conf.arg(help_behavior_hint="(default: L, the model's, L/4)")] = (),
@@ -48,11 +56,11 @@ def eval_all(
     says so. An interrupted evaluation goes on when it is started again.
 
     Args:
-        tokenizer: Model file, folder of a training run, a name that comes with the package, or Hugging Face hub id.
+        tokenizer: What is measured.
         data: Images to measure on: a folder, a .zip, a pattern that names several .zip files, or the word embedded. Of
             a source with parts, the held-out part.
         out: Folder for the results, the finished parts and the features.
-        generator: A generator that was trained with the tokenizer, named likewise.
+        generator: A generator that was trained with the tokenizer.
         train: Images to train probes on, and in which those closest to generated ones are looked for. By default the
             part train of DATA; without parts all of DATA, a fifth of which probes are tested on.
         parts: Of reconstruction, generation, representation and sanity. By default all that are possible.

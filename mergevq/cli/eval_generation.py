@@ -1,56 +1,36 @@
 """`mergevq eval generation`: how good generated images are, over guidance scales."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from mergevq.cli.models import Generator, TokenizerOf
+from mergevq.cli.numbers import Floats, Integers, Interval, several
 from mergevq.cli.options import Counts, check_batch_size, choose_device, progress, read_classes
 from mergevq.errors import ConfigError
 
-
-def _numbers(of: Callable[[str], Any], metavar: str) -> tyro.constructors.PrimitiveConstructorSpec[tuple[Any, ...]]:
-    """How several numbers with commas between are read."""
-
-    def read(words: list[str]) -> tuple[Any, ...]:
-        try:
-            return tuple(of(word) for word in words[0].split(","))
-        except ValueError as error:
-            raise ValueError(f"expected numbers with commas between, such as 1,2, got {words[0]!r}") from error
-
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=metavar,
-        instance_from_str=read,
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [",".join(f"{number:g}" for number in value)],
-    )
-
-
-Floats = Annotated[tuple[float, ...], _numbers(float, "X,...")]
-Integers = Annotated[tuple[int, ...], _numbers(int, "INT,...")]
 Count = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: all)")]
 
 
 def eval_generation(
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")],
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="DIR")],
-    generator: Annotated[str, tyro.conf.arg(metavar="G")],
-    tokenizer: Annotated[str, tyro.conf.arg(metavar="M")],
+    generator: Generator,
+    tokenizer: TokenizerOf,
     num_images: int,
     guidance: Floats = (1.0,),
     num_tokens: Counts = (),
     cache: Literal["merge", "full", "both"] = "merge",
-    steps: Annotated[tuple[int, ...], _numbers(int, "INT,..."), tyro.conf.arg(help_behavior_hint="(default: K)")] = (),
+    steps: Annotated[tuple[int, ...], several(int, "INT,..."), tyro.conf.arg(help_behavior_hint="(default: K)")] = (),
     classes: Annotated[str, tyro.conf.arg(metavar="C,...")] = "balanced",
     temperature: Floats = (1.0,),
     top_k: Integers = (0,),
     top_p: Floats = (1.0,),
     guidance_schedule: Literal["constant", "linear", "cosine", "power_cosine", "interval"] = "constant",
     guidance_power: float = 1.0,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    guidance_interval: Interval = (0.0, 1.0),
     network: Literal["lite1", "inception", "none"] = "lite1",
     reference: Literal["held-out", "train", "all"] = "held-out",
     neighbours: Annotated[str | None, tyro.conf.arg(metavar="DATA", help_behavior_hint="(default: see there)")] = None,
@@ -71,8 +51,8 @@ def eval_generation(
     Args:
         data: The real images: a folder, a .zip, a pattern that names several .zip files, or the word embedded.
         out: Folder for the results.
-        generator: Model file, folder of a training run, a name that comes with the package, or Hugging Face hub id.
-        tokenizer: The tokenizer it was trained with, named likewise.
+        generator: What generates.
+        tokenizer: What it was trained with.
         num_images: Images generated in each column. Compare results of equal numbers only.
         guidance: Guidance scales, one column each; 1 is off. The best by Fréchet distance is named.
         num_tokens: K that the generator is told.
@@ -80,7 +60,7 @@ def eval_generation(
         steps: RandomAR: parallel decoding steps, 1 to K.
         classes: balanced takes all in turn, reference takes those of the real images, none takes no class; or numbers
             or names with commas between, taken in turn.
-        temperature: Divides the logits; one value, or one a bit group. So for the next two.
+        temperature: Divides the logits; one value, or one for each bit group, lowest bits first. So for the next two.
         top_k: Draw from so many most probable values only; 0 is all.
         top_p: Draw from the most probable values that make up this probability; 1 is all.
         guidance_schedule: How the guidance scale moves over the tokens of an image.

@@ -6,8 +6,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from mergevq.cli.eval_generation import Count, Floats, Integers
-from mergevq.cli.options import Counts, Model, Size, check_batch_size, choose_device, choose_size, progress
+from mergevq.cli.eval_generation import Count
+from mergevq.cli.models import Tokenizer
+from mergevq.cli.numbers import Floats, Integers
+from mergevq.cli.options import Counts, Size, check_batch_size, choose_device, choose_size, progress
 from mergevq.errors import ConfigError
 from mergevq.metrics.probe_config import PROBES, LinearConfig, ProbeConfig
 
@@ -21,7 +23,7 @@ def _default(what: str) -> Any:
 def eval_representation(
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")],
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="DIR")],
-    model: Model,
+    model: Tokenizer,
     test: Annotated[str | None, tyro.conf.arg(metavar="DATA", help_behavior_hint="(default: see there)")] = None,
     num_tokens: Annotated[Counts, _default("L and the model's")] = (),
     kinds: Annotated[str, tyro.conf.arg(metavar="KIND,...")] = "class,mean,class+mean",
@@ -61,7 +63,7 @@ def eval_representation(
         data: Images with a folder for each class: a folder, a .zip, a pattern that names several .zip files, or the
             word embedded.
         out: Folder for the results.
-        model: Model file, folder of a training run, a name that comes with the package, or Hugging Face hub id.
+        model: The tokenizer.
         test: Images to test on, of the same classes. By default the part val (or validation, test) of DATA, or, where
             there is none, a share of DATA.
         num_tokens: Kept tokens; L, the number of patches, merges nothing.

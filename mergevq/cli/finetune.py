@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -66,19 +67,26 @@ def finetune(words: Sequence[str]) -> Callable[..., None]:
             init: Start from this classifier, of the same classes and features, and not from the tokenizer: a file, a
                 run's folder, or a Hugging Face hub id.
             force: Start anew in a folder that holds something; an earlier run's files are removed.
-            dry_run: Print the resolved configuration, what differs from the preset and the parameter counts, and stop.
-                With a tokenizer it is the configuration that it and the images decide.
+            dry_run: Print the resolved configuration, what differs from the preset and the parameter counts, and stop,
+                after the checks of a start. With a tokenizer it is the configuration that it and the images decide.
         """
         run = FinetuneRun(parts(FinetuneModelConfig, model), loss, data, optim, loop)
         if dry_run:
+            from mergevq.model_files import find_model_file
             from mergevq.training.dry_run import dry_run as describe
-            from mergevq.training.finetune_inputs import open_inputs, resolve
+            from mergevq.training.finetune_inputs import classifier_config, open_inputs, resolve
+            from mergevq.training.finetune_state import check_init
+            from mergevq.training.loop import check_start
 
             if not data.tokenizer:
+                check_start(out, run, resume=resume, init=init, force=force, check_init=find_model_file)
                 print(describe(run, base))
                 return
             inputs = open_inputs(run, out)
-            print(describe(resolve(run, inputs), base, inputs.tok.config))
+            run = resolve(run, inputs)
+            fits = partial(check_init, classifier_config(run, inputs.tok.config))
+            check_start(out, run, resume=resume, init=init, force=force, check_init=fits)
+            print(describe(run, base, inputs.tok.config))
             return
         from mergevq.training.finetune import finetune as train_classifier
 

@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from mergevq.cli.options import check_batch_size, choose_device, progress, read_classes
+from mergevq.cli.models import Generator, TokenizerOf
+from mergevq.cli.numbers import GroupFloats, GroupIntegers, Interval
+from mergevq.cli.options import check_batch_size, choose_device, counted, goes_on, progress, read_classes
 from mergevq.configuration import check_seed
 from mergevq.errors import ConfigError, OutputExistsError
 
@@ -21,26 +23,27 @@ _SHEET_IMAGES = 100  # More would make a picture that nobody opens.
 class SamplingFlags:
     """How tokens are drawn. Each of the first four takes one value, or one for each bit group."""
 
-    guidance: tuple[float, ...] = (1.0,)
-    """Classifier-free guidance scale; 1 is off, 0 ignores the classes."""
-    temperature: tuple[float, ...] = (1.0,)
+    guidance: GroupFloats = (1.0,)
+    """Classifier-free guidance scale; 1 is off, 0 ignores the classes. One value, or one for each bit group with commas
+    between, the lowest bits first: 2,1. So for the next three."""
+    temperature: GroupFloats = (1.0,)
     """0 always takes the most probable token."""
-    top_k: tuple[int, ...] = (0,)
+    top_k: GroupIntegers = (0,)
     """Draw from so many most probable values only; 0 is all."""
-    top_p: tuple[float, ...] = (1.0,)
+    top_p: GroupFloats = (1.0,)
     """Draw from the most probable values that have this probability together."""
     guidance_schedule: Literal["constant", "linear", "cosine", "power_cosine", "interval"] = "constant"
     """How the guidance scale moves over the tokens of an image."""
     guidance_power: float = 1.0
     """power_cosine: above 1 guides later."""
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_interval: Interval = (0.0, 1.0)
     """interval: the part of the tokens that is guided."""
 
 
 def generate(
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="DIR")],
-    generator: Annotated[str, tyro.conf.arg(metavar="G")],
-    tokenizer: Annotated[str, tyro.conf.arg(metavar="M")],
+    generator: Generator,
+    tokenizer: TokenizerOf,
     classes: Annotated[str, tyro.conf.arg(metavar="C,...")] = "",
     num_images: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: see there)")] = None,
     num_tokens: Annotated[int | None, tyro.conf.arg(metavar="K", help_behavior_hint="(default: the model's)")] = None,
@@ -61,12 +64,12 @@ def generate(
 
     Args:
         out: Folder for the images.
-        generator: Model file, folder of a training run, emoji_64 or emoji_64_random (which come with the package), or
-            Hugging Face hub id.
-        tokenizer: The tokenizer it was trained with, named likewise.
+        generator: What generates.
+        tokenizer: What it was trained with.
         classes: Numbers or names with commas between, used in turn; empty takes all classes in turn.
         num_images: Images altogether; by default one for each class that is named, or 16 without classes.
-        num_tokens: K that the generator is told; fewer tokens make simpler images.
+        num_tokens: K that the generator is told; fewer tokens make simpler images. An instruction to a MergeAR, not a
+            promise: it may draw more or fewer distinct tokens.
         cache: MergeAR: merge drops duplicate tokens from the attention's memory, full keeps them; same images.
         steps: RandomAR: parallel decoding steps, 1 to K.
         seed: Of everything random.
@@ -125,7 +128,7 @@ def generate(
     _check_folder(out, record, resume, force)
     names = _names(wanted, gen.config)
     if resume and _is_finished(out, names):
-        print(f"{out}: all {len(names)} images are there already")
+        print(f"{out}: nothing to do, {counted(len(names), 'image')} there already")
         return
     if not resume:  # What another run left would be taken for this one's when it is gone on with.
         _remove_parts(out)
@@ -134,7 +137,8 @@ def generate(
     seeds = image_seeds(torch.Generator().manual_seed(seed), len(wanted))
     parts: list[MergedTokens] = []
     shown: list[Tensor] = []
-    with progress("generate", len(wanted)) as advance, warning_once():
+    again = "the same command with --resume" + (" in place of --force" if force else "")
+    with goes_on(again), progress("generate", len(wanted)) as advance, warning_once():
         for start in range(0, len(wanted), batch_size):
             batch = slice(start, start + batch_size)
             file = out / _PARTS / f"{start:07d}.mvq"
@@ -155,15 +159,18 @@ def generate(
             parts.append(tokens.to("cpu"))
             advance(len(tokens))
     tokens = MergedTokens.join(parts)
-    save_tokens(out / _TOKENS, tokens, force=True)
     columns = min(10, len(shown))
     rows = [shown[i : i + columns] for i in range(0, len(shown), columns)]
-    with atomic_path(out / "sheet.png") as temporary:
-        contact_sheet(rows, cell=max(64, min(256, tok.config.image_size))).save(temporary)
+    with goes_on(again):
+        save_tokens(out / _TOKENS, tokens, force=True)
+        with atomic_path(out / "sheet.png") as temporary:
+            contact_sheet(rows, cell=max(64, min(256, tok.config.image_size))).save(temporary)
     _remove_parts(out)
-    distinct = tokens.num_tokens.double()
-    print(f"{out}: {len(tokens)} images, {out / 'sheet.png'}, {out / _TOKENS}")
-    print(f"{distinct.mean():.1f} tokens an image of {tokens.num_patches} patches, at least {int(distinct.min())}")
+    low, high = (int(count) for count in tokens.num_tokens.aminmax())
+    drew = f"{low}" if low == high else f"{low} to {high}"
+    print(f"{out}: {counted(len(tokens), 'image')}, {out / 'sheet.png'}, {out / _TOKENS}")
+    mean = f"{tokens.num_tokens.double().mean():.1f} on average"
+    print(f"asked for K = {kept}, drew {drew} {'distinct ' if gen.config.order == 'raster' else ''}tokens, {mean}")
 
 
 def _classes(words: str, config: Any, num_images: int | None) -> list[int]:

@@ -28,6 +28,11 @@ def info(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE
 
         print(read_report(file))
         return
+    if file.is_dir() and not (file / "model.safetensors").is_file():
+        raise CheckpointError(
+            f"{file}: expected a folder with a model.safetensors (a training run) or a manifest.json (a cache of "
+            "tokens or of a teacher), or a file: a model, tokens (.mvq), the .json of an evaluation; got another folder"
+        )
     path = find_model_file(file)
     header = read_header(path)
     kind = header.get("mergevq", "")
@@ -56,17 +61,23 @@ def _print(lines: dict[str, str]) -> None:
 
 
 def _describe_model(path: Path) -> dict[str, str]:
+    from mergevq.errors import CheckpointError
     from mergevq.files import read_header
     from mergevq.tokenizer.model import MergeVQ
 
-    tok = MergeVQ.from_pretrained(path)
+    tok, header = MergeVQ.from_pretrained(path), read_header(path)
+    if header.get("fingerprint", tok.fingerprint()) != tok.fingerprint():  # All that the first files have.
+        raise CheckpointError(
+            f"{path}: expected the weights that were saved, their fingerprint differs: the file is damaged, "
+            "copy it again"
+        )
     config, enc, dec = tok.config, tok.config.encoder, tok.config.decoder
     side, step = config.image_size, config.downsampling
     parts = {"encoder": tok.encoder, "decoder": tok.decoder, "recovery": tok.recovery, "alignment": tok.alignment}
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}
     return {
         "fingerprint": tok.fingerprint(),
-        "trained": f"{json.loads(read_header(path).get('step', '0')):,} steps",
+        "trained": f"{json.loads(header.get('step', '0')):,} steps",
         "images": f"{side} x {side} pixels, {side // step} x {side // step} patches of {step} x {step}",
         "tokens": f"{config.num_tokens} of {config.num_patches} unless asked otherwise, {config.num_bits} bits each",
         "encoder": f"{enc.kind}, {enc.depth} attention blocks of width {enc.width}",

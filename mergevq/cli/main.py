@@ -1,18 +1,15 @@
 """The command `mergevq`: finds the verb, runs it, and turns our errors into one line.
 
-Nothing here and nothing at the top of a verb's file imports torch, so that `--help` answers at once.
+Nothing here and nothing at the top of a verb's file imports torch, so that `--help` answers at once. What takes a
+moment to import, the parser too, is imported inside `main`, so that Ctrl-C is one line from the beginning.
 """
 
-import difflib
-import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
-
-import tyro
 
 from mergevq import __version__
 from mergevq.errors import ConfigError, MergeVQError
@@ -62,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
-    except KeyboardInterrupt:
-        print("mergevq: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"mergevq: interrupted{f': {stop}' if str(stop) else ''}", file=sys.stderr)
         return 130
     return 0
 
@@ -78,6 +75,8 @@ def _run(words: list[str]) -> None:
     for length in (2, 1):
         verb = " ".join(words[:length])
         if verb in VERBS:
+            import tyro
+
             module, function = VERBS[verb][0].split(":")
             rest, run = words[length:], getattr(import_module(module), function)
             flags: tuple[Any, ...] = (tyro.conf.FlagCreatePairsOff,)
@@ -94,8 +93,11 @@ def _run(words: list[str]) -> None:
         print(_help(below))
         return
     given = " ".join(words[: 2 if below else 1])
-    near = difflib.get_close_matches(given, VERBS, n=2, cutoff=0.5) or list(below or VERBS)
-    raise ConfigError(f"expected a verb, got {given!r}: did you mean {' or '.join(near)}? See mergevq --help")
+    import difflib
+
+    near = difflib.get_close_matches(given, VERBS, n=2, cutoff=0.5) or list(below)
+    hint = f"did you mean {' or '.join(near)}? See" if near else "see"
+    raise ConfigError(f"expected a verb, got {given!r}: {hint} mergevq --help")
 
 
 def _help(verbs: dict[str, tuple[str, str]]) -> str:
@@ -117,6 +119,8 @@ def _help(verbs: dict[str, tuple[str, str]]) -> str:
 @contextmanager
 def _warnings_on_stderr() -> Iterator[None]:
     """Shows what the package logs, such as images that cannot be read, as lines of ours."""
+    import logging
+
     log, handler = logging.getLogger("mergevq"), logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("mergevq: %(levelname)s: %(message)s"))
     log.addHandler(handler)
@@ -127,7 +131,8 @@ def _warnings_on_stderr() -> Iterator[None]:
 
 
 def _fail(message: str) -> int:
-    print("mergevq: error:", " ".join(message.split()), file=sys.stderr)
+    # The only advice that is written otherwise in Python.
+    print("mergevq: error:", " ".join(message.split()).replace("force=True", "--force"), file=sys.stderr)
     return 2
 
 

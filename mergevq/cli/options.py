@@ -1,13 +1,18 @@
 """Options that several verbs share: how they are written, and what their values become."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import tyro
 
-from mergevq.errors import ConfigError
+from mergevq.errors import ConfigError, DataError, WriteError
 from mergevq.tokenizer.config import TokenizerConfig
+
+# Patches on a side. Merging compares half of the patches with the other half, in float32: 4 * (256**2 / 2)**2 bytes.
+_MOST_PATCHES = 256
 
 
 def _read_counts(words: list[str]) -> tuple[int, ...]:
@@ -50,9 +55,6 @@ Counts = Annotated[
 Size = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the model's)")]
 """Side of the images in pixels."""
 
-Model = Annotated[str, tyro.conf.arg(metavar="M")]
-"""A model file, the folder of a training run, or a Hugging Face hub id."""
-
 
 def read_classes(words: str) -> list[str]:
     """Returns the numbers and names in a list with commas between, as words: only the generator knows whether 10 is a
@@ -69,12 +71,17 @@ def choose_device(name: str) -> str:
     """
     import torch
 
+    gpus = torch.cuda.device_count()
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if gpus else "cpu"
+    if not gpus and re.fullmatch(r"cuda(:\d+)?", name):
+        raise ConfigError(f"expected a device that is there, got {name}, no CUDA device here: use cpu")
     try:
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: this torch was built without CUDA.
-        raise ConfigError(f"expected a device that torch can use here (auto, cpu, cuda, ...), got {name!r}") from error
+    except (RuntimeError, AssertionError) as error:  # AssertionError: this torch was built without that kind.
+        there = ["auto", "cpu", *(["cuda"] if gpus else []), *(f"cuda:{i}" for i in range(gpus))]
+        there += ["mps"] if torch.backends.mps.is_available() else []
+        raise ConfigError(f"expected a device that is there ({', '.join(there)}), got {name!r}") from error
     return name
 
 
@@ -84,20 +91,49 @@ def check_batch_size(batch_size: int) -> None:
     Raises:
         ConfigError: it is below 1.
     """
-    if batch_size < 1:
-        raise ConfigError(f"expected --batch-size to be at least 1, got {batch_size}")
+    check_at_least_one("--batch-size", batch_size)
+
+
+def check_at_least_one(option: str, *values: int | None) -> None:
+    """Checks numbers before anything is loaded; None is a number that is not given.
+
+    Raises:
+        ConfigError: one is below 1.
+    """
+    for value in values:
+        if value is not None and value < 1:
+            raise ConfigError(f"expected {option} to be at least 1, got {value}")
+
+
+def check_source(source: str | Path, what: str = "a folder of images or a .zip") -> None:
+    """Checks that there are images by a name, before anything is loaded; opening them checks more.
+
+    Raises:
+        DataError: there is nothing.
+    """
+    path = Path(source)
+    if str(source) != "embedded" and not path.exists() and not {*"*?["} & {*path.name}:
+        raise DataError(f"expected {what} at {source}, got nothing there: check the path")
 
 
 def choose_size(config: TokenizerConfig, size: int | None, counts: Sequence[int]) -> int:
     """Returns the side that images are resized to, `size` or the training images', having checked every K for it.
 
     Raises:
-        ConfigError: the downsampling does not divide the size, or a K lies outside 1 .. L.
+        ConfigError: the size is too small or too large, the downsampling does not divide it, or a K lies outside
+            1 .. L.
     """
     step = config.downsampling
     side = config.image_size if size is None else size
-    if side < step or side % step:
+    if side < step:
+        raise ConfigError(f"expected --size of at least {step}, the model's downsampling, got {side}")
+    if side % step:
         raise ConfigError(f"expected --size to be a multiple of the model's downsampling {step}, got {side}")
+    if side > _MOST_PATCHES * step:
+        raise ConfigError(
+            f"expected --size of at most {_MOST_PATCHES * step} ({_MOST_PATCHES} x {_MOST_PATCHES} patches, at which "
+            f"merging needs 4 GiB an image), got {side}"
+        )
     num_patches = (side // step) ** 2
     for k in counts:
         if not 1 <= k <= num_patches:
@@ -107,10 +143,26 @@ def choose_size(config: TokenizerConfig, size: int | None, counts: Sequence[int]
     return side
 
 
+def counted(count: int, what: str) -> str:
+    """Returns "1 image", "1,200 images"."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 class Advance(Protocol):
     """Moves a progress bar on."""
 
     def __call__(self, done: int) -> None: ...
+
+
+@contextmanager
+def goes_on(how: str) -> Iterator[None]:
+    """Says how an interrupted command, or one that ran out of room, goes on: "the same command with --resume"."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"{how} goes on with what is missing") from stop
+    except WriteError as error:
+        raise WriteError(f"{error}; then {how} goes on with what is missing") from error
 
 
 @contextmanager

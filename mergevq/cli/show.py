@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from mergevq.cli.options import Counts, Model, Size, choose_device, choose_size
+from mergevq.cli.models import Tokenizer
+from mergevq.cli.options import Counts, Size, check_at_least_one, choose_device, choose_size, counted
 from mergevq.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def show(
         tyro.conf.arg(metavar="IMAGE [IMAGE]", help_behavior_hint="(required)"),
     ],
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="PICTURE")],
-    model: Model,
+    model: Tokenizer,
     num_tokens: Counts = (),
     size: Size = None,
     limit: int = 8,
@@ -33,7 +34,7 @@ def show(
     Args:
         images: An image, or two, or a token file (.mvq), whose images are drawn without originals and attention.
         out: Picture to write (.png, .webp, .jpg), or a page with everything inside (.html).
-        model: Model file, folder of a training run, or Hugging Face hub id.
+        model: The tokenizer.
         num_tokens: Kept tokens, one column for each K.
         size: Side in pixels: the short side is resized to it, the middle is cut out.
         limit: Images of a token file, from the first.
@@ -51,8 +52,10 @@ def show(
         raise ConfigError(f"expected an image, two images or a token file (.mvq), got {' '.join(map(str, images))}")
     if any(as_tokens) and (num_tokens or size is not None):
         raise ConfigError("expected --num-tokens and --size with images only: a token file has its own")
-    if limit < 1:
-        raise ConfigError(f"expected --limit to be at least 1, got {limit}")
+    check_at_least_one("--limit", limit)
+    check_at_least_one("--num-tokens", *num_tokens)
+    if folder := next((path for path in images if path.is_dir()), None):
+        raise ConfigError(f"expected an image, two images or a token file (.mvq), got the folder {folder}")
     if out.suffix.lower() == ".html":
         check_packages()
     refuse_existing(out, force)
@@ -103,7 +106,7 @@ def _show_tokens(tok: "MergeVQ", model: str, path: Path, out: Path, limit: int) 
         _write(out, render_tokens(views, names, protocol=_protocol(tok, model, tokens=str(path)), title=path.name))
     else:
         _write(out, tokens_sheet(views, names))
-    print(f"{out}: {len(views)} of {len(tokens)} images{', source predicted' if views[0].predicted else ''}")
+    print(f"{out}: {len(views)} of {counted(len(tokens), 'image')}{', source predicted' if views[0].predicted else ''}")
 
 
 def _protocol(tok: "MergeVQ", model: str, **about: Any) -> dict[str, Any]:

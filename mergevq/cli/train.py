@@ -4,12 +4,15 @@ their defaults.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from mergevq import presets
+from mergevq.cli.models import model_help
+from mergevq.cli.options import check_source
 from mergevq.cli.runs import base_run, parts, preset_help, tell, value_of
 from mergevq.errors import ConfigError
 from mergevq.generator.config import GeneratorConfig, MaskConfig
@@ -26,6 +29,11 @@ from mergevq.training.config import (
 from mergevq.training.generator_config import GeneratorLoopConfig, GeneratorLossConfig, GeneratorRun, TokenDataConfig
 from mergevq.training.recovery_config import RecoveryDataConfig, RecoveryLoopConfig, RecoveryRun
 
+_INIT_TOKENIZER = model_help("tokenizer", first="Start from the weights of this tokenizer: file")
+_INIT_GENERATOR = model_help("merge_ar", first="Start from the weights of this generator: file")
+_INIT_RECOVERY = model_help(
+    "tokenizer", first="Start from the recovery of this tokenizer, which must have the run's shape: file"
+)
 _FP16 = ("fp16", "float16", "16", "16-mixed", "half")
 
 
@@ -58,7 +66,7 @@ def train_tokenizer(words: Sequence[str]) -> Callable[..., None]:
         out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="RUN")],
         preset: Annotated[str | None, tyro.conf.arg(metavar="NAME", help=preset_help(known))] = name,
         resume: tyro.conf.FlagCreatePairsOff[bool] = False,
-        init: Annotated[str | None, tyro.conf.arg(metavar="M")] = None,
+        init: Annotated[str | None, tyro.conf.arg(metavar="M", help=_INIT_TOKENIZER)] = None,
         force: tyro.conf.FlagCreatePairsOff[bool] = False,
         dry_run: tyro.conf.FlagCreatePairsOff[bool] = False,
         hardware: Annotated[HardwareConfig, tyro.conf.arg(name="")] = HardwareConfig(),  # noqa: B008 - frozen
@@ -78,14 +86,26 @@ def train_tokenizer(words: Sequence[str]) -> Callable[..., None]:
             resume: Go on with the run in RUN; its configuration stays but for loop.steps, .minutes, .val_num_tokens,
                 .val_every, .val_images, .save_every, .log_every, data.workers, and data.train, data.val and
                 data.teacher_cache, which must be the same elsewhere.
-            init: Start from the weights of this tokenizer: a file, a run's folder, or a Hugging Face hub id.
+            init: Start from the weights of this tokenizer.
             force: Start anew in a folder that holds something; an earlier run's files are removed.
-            dry_run: Print the resolved configuration, what differs from the preset and the parameter counts, and stop.
+            dry_run: Print the resolved configuration, what differs from the preset and the parameter counts, and stop,
+                after the checks of a start.
         """
+        # A preset may name images that are elsewhere when it is only looked at.
+        named = not dry_run or data.train != base.data.train
+        if named:
+            check_source(data.train)
         run = TokenizerRun(parts(TokenizerConfig, model), loss, data, optim, loop)
         if dry_run:
             from mergevq.training.dry_run import dry_run as describe
+            from mergevq.training.inputs import open_images
+            from mergevq.training.loop import check_start
+            from mergevq.training.state import check_init
 
+            fits = partial(check_init, run.model)
+            check_start(out, run, resume=resume, init=init, force=force, check_init=fits)
+            if named:
+                open_images(run)
             print(describe(run, base))
             return
         from mergevq.training.tokenizer import train_tokenizer
@@ -138,7 +158,7 @@ def train_generator(words: Sequence[str]) -> Callable[..., None]:
         out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="RUN")],
         preset: Annotated[str | None, tyro.conf.arg(metavar="NAME", help=preset_help(known))] = name,
         resume: tyro.conf.FlagCreatePairsOff[bool] = False,
-        init: Annotated[str | None, tyro.conf.arg(metavar="G")] = None,
+        init: Annotated[str | None, tyro.conf.arg(metavar="G", help=_INIT_GENERATOR)] = None,
         force: tyro.conf.FlagCreatePairsOff[bool] = False,
         dry_run: tyro.conf.FlagCreatePairsOff[bool] = False,
         hardware: Annotated[HardwareConfig, tyro.conf.arg(name="")] = HardwareConfig(),  # noqa: B008 - frozen
@@ -161,19 +181,26 @@ def train_generator(words: Sequence[str]) -> Callable[..., None]:
                 .val_every, .val_images, .save_every, .log_every, .sample_classes, .sample_images, .sample_guidance,
                 data.workers, and data.tokens, .val_tokens, .tokenizer, .train and .val, which must be the same
                 elsewhere.
-            init: Start from the weights of this generator: a file, a run's folder, or a Hugging Face hub id.
+            init: Start from the weights of this generator.
             force: Start anew in a folder that holds something; an earlier run's files are removed.
-            dry_run: Print the resolved configuration, what differs from the preset and the parameter counts, and stop.
-                With tokens it is the configuration that they decide.
+            dry_run: Print the resolved configuration, what differs from the preset and the parameter counts, and stop,
+                after the checks of a start. With tokens it is the configuration that they decide.
         """
         # Groups of one's own are for tokens of as many bits.
         mask, bits = parts(MaskConfig, model.mask), sum(model.groups)
         run = GeneratorRun(parts(GeneratorConfig, model, mask=mask, num_bits=bits), loss, data, optim, loop)
         if dry_run:
             from mergevq.training.dry_run import dry_run as describe
+            from mergevq.training.generator_state import check_init, read_given
+            from mergevq.training.loop import check_start
             from mergevq.training.token_inputs import open_tokens
 
-            print(describe(open_tokens(run)[0] if data.tokens or data.train else run, base))
+            known = bool(data.tokens or data.train)
+            run = open_tokens(run)[0] if known else run
+            # Without tokens nobody knows the rest of the model.
+            fits = partial(check_init if known else read_given, run.model)
+            check_start(out, run, resume=resume, init=init, force=force, check_init=fits)
+            print(describe(run, base))
             return
         from mergevq.training.generator import train_generator
 
@@ -207,7 +234,7 @@ def train_recovery(words: Sequence[str]) -> Callable[..., None]:
         out: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="RUN")],
         preset: Annotated[str | None, tyro.conf.arg(metavar="NAME", help=preset_help(known))] = name,
         resume: tyro.conf.FlagCreatePairsOff[bool] = False,
-        init: Annotated[str | None, tyro.conf.arg(metavar="M")] = None,
+        init: Annotated[str | None, tyro.conf.arg(metavar="M", help=_INIT_RECOVERY)] = None,
         force: tyro.conf.FlagCreatePairsOff[bool] = False,
         dry_run: tyro.conf.FlagCreatePairsOff[bool] = False,
         hardware: Annotated[HardwareConfig, tyro.conf.arg(name="")] = HardwareConfig(),  # noqa: B008 - frozen
@@ -229,24 +256,30 @@ def train_recovery(words: Sequence[str]) -> Callable[..., None]:
             resume: Go on with the run in RUN; its configuration stays but for loop.steps, .minutes, .val_num_tokens,
                 .val_every, .val_images, .save_every, .log_every, and data.tokenizer, .tokens and .val_tokens, which
                 must be the same elsewhere.
-            init: Start from the recovery of this tokenizer, which must have the run's shape: a file, a run's folder, or
-                a Hugging Face hub id.
+            init: Start from the recovery of this tokenizer, which must have the run's shape.
             force: Start anew in a folder that holds something; an earlier run's files are removed.
-            dry_run: Print the resolved configuration, what differs from the preset and the parameter counts, and stop.
-                With a tokenizer and its tokens it is the configuration that they decide.
+            dry_run: Print the resolved configuration, what differs from the preset and the parameter counts, and stop,
+                after the checks of a start. With a tokenizer and its tokens it is the configuration that they decide.
             fine_tune: Go on from the recovery that the tokenizer has, if it has one, whatever its shape; without, train
                 a new one instead.
         """
         run = RecoveryRun(fine_tune, parts(RecoveryConfig, recovery), data, optim, loop)
         if dry_run:
+            from mergevq.model_files import find_model_file
             from mergevq.training.dry_run import dry_run as describe
+            from mergevq.training.loop import check_start
+            from mergevq.training.recovery import check_init
             from mergevq.training.recovery_inputs import open_inputs, resolve
 
             if not (data.tokenizer or data.tokens or data.val_tokens):
+                check_start(out, run, resume=resume, init=init, force=force, check_init=find_model_file)
                 print(describe(run, base))
                 return
             inputs = open_inputs(run, out)
-            print(describe(resolve(run, inputs), base, inputs.tok.config))
+            run = resolve(run, inputs)
+            fits = partial(check_init, run.recovery)
+            check_start(out, run, resume=resume, init=init, force=force, check_init=fits)
+            print(describe(run, base, inputs.tok.config))
             return
         from mergevq.training.recovery import train_recovery
 

@@ -10,6 +10,7 @@ from mergevq.data.cache_format import CacheSettings, View, check_views, index_na
 from mergevq.data.folder import ImageFolder
 from mergevq.data.loader import Batch
 from mergevq.data.shard_writer import write_shards
+from mergevq.data.sources import training_images
 from mergevq.data.token_cache import TokenCache
 from mergevq.errors import ConfigError, DataError, ShapeError
 from mergevq.merging import check_num_tokens
@@ -19,7 +20,7 @@ from mergevq.tokenizer.model import MergeVQ
 
 def write_token_cache(
     tok: MergeVQ,
-    images: ImageFolder,
+    images: ImageFolder | str | Path,
     out: str | Path,
     *,
     num_tokens: int | Sequence[int] | None = None,
@@ -40,7 +41,8 @@ def write_token_cache(
 
     Args:
         tok: the tokenizer; used in evaluation mode and left in the mode it was in.
-        images: what to encode, with its labels.
+        images: what to encode, with its labels; or where it is, as `evaluate_reconstruction` takes it: a folder, a .zip
+            or "embedded", of one with parts the part train.
         out: folder to write.
         num_tokens: one K or several, 1 .. L; None takes the tokenizer's own.
         views: "crop", "flip" or both.
@@ -58,6 +60,7 @@ def write_token_cache(
         DataError: there are no images, or none can be read.
         WriteError: the disk is full, or the folder does not allow files.
     """
+    images = training_images(images)
     settings = _settings(tok, images, num_tokens, views, size, shard_size)
     if device is not None:
         tok.to(device)

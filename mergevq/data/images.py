@@ -52,6 +52,8 @@ def read_image(source: str | Path | io.BytesIO, name: str | None = None) -> Imag
             return _to_rgb(_upright(image))
     except FileNotFoundError:
         raise DataError(f"{name}: expected an image file, but there is no such file") from None
+    except IsADirectoryError:
+        raise DataError(f"{name}: expected an image file, got a folder: name the images in it") from None
     except UnidentifiedImageError:
         raise DataError(f"{name}: expected an image, got a file of another kind or a damaged one") from None
     except Exception as error:  # Decoders fail in many ways on damaged files (SyntaxError, struct.error, ...).

@@ -34,7 +34,8 @@ def label_images(images: ImageFolder, file: str | Path, known: Collection[str] =
     try:
         text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: expected a file of labels, got: {error}") from error
+        came = (error.strerror or "nothing readable").lower() if isinstance(error, OSError) else "no text in UTF-8"
+        raise DataError(f"{path}: expected a file of labels, got: {came}: check the path") from error
     pairs = _read_json(path, text) if path.suffix.lower() == ".json" else _read_csv(path, text)
     labels = dict(pairs)
     if len(labels) < len(pairs):

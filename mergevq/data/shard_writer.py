@@ -197,7 +197,7 @@ def _is_begun(folder: ShardFolder) -> bool:
 
 def _finished_error(folder: ShardFolder) -> OutputExistsError:
     return OutputExistsError(
-        f"{folder.path} holds a finished {folder.what}: choose another folder, or start anew with --force (force=True)"
+        f"{folder.path} holds a finished {folder.what}: choose another folder, or start anew with force=True"
     )
 
 
@@ -219,7 +219,7 @@ def _check_same(folder: ShardFolder, begun: Any, wanted: dict[str, Any]) -> None
     )
     raise OutputExistsError(
         f"{folder.path} holds an unfinished {folder.what} of another {name}, {found} instead of {expected}: choose "
-        "another folder, or start anew with --force (force=True)"
+        "another folder, or start anew with force=True"
     )
 
 

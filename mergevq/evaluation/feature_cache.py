@@ -115,7 +115,7 @@ class FeatureCache:
         came, wanted = (_short(values.get(name)) for values in (other, self.settings))
         raise OutputExistsError(
             f"{self.folder} holds features of another {name}, {came} instead of {wanted}: choose another folder, or "
-            "start anew with --force (force=True)"
+            "start anew with force=True"
         )
 
     def _remove(self) -> None:

@@ -79,7 +79,7 @@ class KeptParts:
                 came, asked = (_short(value.get(other)) for value in (kept, wanted))
                 raise OutputExistsError(
                     f"{self.folder} holds the {name} of another {other.replace('_', ' ')}, {came} instead of {asked}: "
-                    "choose another folder, or start anew with --force (force=True)"
+                    "choose another folder, or start anew with force=True"
                 )
             return {"result": found["result"], "section": found["section"]}
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 import torch
 
-from mergevq.configuration import check_seed
+from mergevq.configuration import check_is, check_seed
 from mergevq.errors import CheckpointError, ConfigError, MissingDependencyError, ShapeError
 from mergevq.files import read_header
 from mergevq.generator.config import GeneratorConfig
@@ -102,6 +102,8 @@ def resolve_request(
         ConfigError: a class is unknown, a K is outside 1..L, a seed has more than 64 bits, one of these is no whole
             number, or the numbers of classes, images, K and seeds differ.
     """
+    if rng is not None:
+        check_is(rng, torch.Generator, "torch.Generator().manual_seed(0), or give seeds, one an image")
     if classes is None:
         count = 1 if num_images is None else num_images
         numbers = [config.num_classes] * count

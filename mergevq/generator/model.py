@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mergevq import __version__
+from mergevq.checksum import check_checksum, with_checksum
 from mergevq.configuration import config_from_dict, config_to_dict
 from mergevq.errors import CheckpointError, ConfigError, ShapeError
 from mergevq.files import check_format, load_strict, load_tensors, refuse_existing, save_tensors
@@ -115,7 +116,8 @@ class Generator(nn.Module):
                 f"expected finite weights, got NaN or infinity in {', '.join(broken[:3])}: nothing was saved"
             )
         config = json.dumps(config_to_dict(self.config))
-        save_tensors(path, tensors, {"mergevq": KIND, "version": __version__, "config": config, "step": str(step)})
+        header = {"mergevq": KIND, "version": __version__, "config": config, "step": str(step)}
+        save_tensors(path, tensors, with_checksum(header, tensors))
         return path
 
     @classmethod
@@ -146,6 +148,7 @@ class Generator(nn.Module):
         model.to_empty(device="cpu")
         model.transformer.fill_rotations()
         load_strict(model, tensors, str(path))
+        check_checksum(header, tensors, path)
         return model.to(device).eval()
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mergevq import __version__
+from mergevq.checksum import check_checksum, with_checksum
 from mergevq.configuration import config_from_dict, config_to_dict
 from mergevq.errors import CheckpointError, ShapeError
 from mergevq.files import check_format, load_strict, load_tensors, refuse_existing, save_tensors
@@ -123,7 +124,7 @@ class Classifier(nn.Module):
             "step": str(step),
             "fingerprint": self.fingerprint(),
         }
-        save_tensors(path, tensors, header)
+        save_tensors(path, tensors, with_checksum(header, tensors))
         return path
 
     @classmethod
@@ -145,6 +146,7 @@ class Classifier(nn.Module):
             model = cls(config)
         model.to_empty(device="cpu")
         load_strict(model, tensors, str(path))
+        check_checksum(header, tensors, path)
         return model.to(device).eval()
 
 

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mergevq.checksum import check_checksum
+from mergevq.configuration import check_is
 from mergevq.errors import CheckpointError, ShapeError, TokenFileError
 from mergevq.files import load_strict, load_tensors
 from mergevq.merging import SourceMap, check_num_tokens, merge_schedule, unmerge
@@ -50,6 +52,7 @@ class MergeVQ(nn.Module):
     """
 
     def __init__(self, config: TokenizerConfig) -> None:
+        check_is(config, TokenizerConfig, "presets.tokenizer(name).model is one; MergeVQ.from_pretrained loads a model")
         super().__init__()
         self.config = config
         quant = config.quantizer
@@ -72,7 +75,7 @@ class MergeVQ(nn.Module):
     def encode(
         self,
         images: Float[Tensor, "B 3 H W"],
-        num_tokens: int | Sequence[int] | None = None,
+        num_tokens: int | Sequence[int] | Int[Tensor, "..."] | None = None,
         dtype: torch.dtype | None = None,
     ) -> MergedTokens:
         """Returns the tokens of the images, with their source map.
@@ -122,7 +125,7 @@ class MergeVQ(nn.Module):
         grid = check_images(images, self.config.downsampling)
         counts = check_num_tokens(num_tokens, len(num_tokens), grid[0] * grid[1])
         images = self._to_model(images)
-        with _arithmetic(images.device, dtype):
+        with arithmetic(images.device, dtype):
             embedded = self.encoder.embed(images)
             found = [self._indices(*embedded, grid, k) for k in counts]
         tokens = []
@@ -326,6 +329,7 @@ class MergeVQ(nn.Module):
             model = cls(config)
         model.to_empty(device="cpu")
         load_strict(model, tensors, str(path))
+        check_checksum(header, tensors, path)
         return model.to(device).eval()
 
     # ---------------------------------------------------------------------------------------------------------- private
@@ -348,6 +352,7 @@ class MergeVQ(nn.Module):
         )
 
     def _check_tokens(self, tokens: MergedTokens) -> None:
+        check_is(tokens, MergedTokens, "encode, load_tokens and generators make them")
         if tokens.num_bits != self.config.num_bits:
             raise ShapeError(
                 f"expected tokens of {self.config.num_bits} bits, got {tokens.num_bits}: another tokenizer made them"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mergevq import __version__
+from mergevq.checksum import with_checksum
 from mergevq.configuration import config_from_dict, config_to_dict
 from mergevq.errors import CheckpointError, ShapeError
 from mergevq.files import check_format, refuse_existing, save_tensors
@@ -39,7 +40,7 @@ def write_model(tok: "MergeVQ", path: Path, step: int, force: bool, dtype: torch
         "step": str(step),
         "fingerprint": model.float().fingerprint() if model is not tok else tok.fingerprint(),
     }
-    save_tensors(path, tensors, header)
+    save_tensors(path, tensors, with_checksum(header, tensors))
     return path
 
 

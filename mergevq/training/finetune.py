@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mergevq.configuration import check_is
 from mergevq.data.augment import sample_rng
 from mergevq.data.folder import ImageFolder
 from mergevq.data.loader import Batch
@@ -15,10 +16,10 @@ from mergevq.tokenizer.classifier import Classifier
 from mergevq.tokenizer.model import MergeVQ
 from mergevq.training.config import HardwareConfig
 from mergevq.training.finetune_config import FinetuneRun
-from mergevq.training.finetune_inputs import FinetuneInputs, open_inputs, resolve, stream
+from mergevq.training.finetune_inputs import FinetuneInputs, classifier_config, open_inputs, resolve, stream
 from mergevq.training.finetune_noise import draw_branch_scales, drop_path_rates, mix
 from mergevq.training.finetune_result import log_record, to_json
-from mergevq.training.finetune_state import ClassifierLoss, FinetuneState, build_state, start_from
+from mergevq.training.finetune_state import ClassifierLoss, FinetuneState, build_state, check_init, start_from
 from mergevq.training.finetune_validation import Accuracy, validate
 from mergevq.training.loop import Plan, check_start, run_training
 from mergevq.training.optim import clip_gradients, gradient_norm, lr_factor, run_progress, set_lr
@@ -120,11 +121,13 @@ def finetune(
 
     Reference: appendix A.4 of the paper.
     """
+    check_is(run, FinetuneRun, "presets.finetune(name) is one")
     out = Path(out)
     fabric = build_fabric(hardware or HardwareConfig())
     inputs = open_inputs(run, out, tokenizer, train_data, val_data, fabric.world_size)
     run = resolve(run, inputs)
-    check_start(fabric, out, run, resume=resume, init=init, force=force)
+    fits, first = partial(check_init, classifier_config(run, inputs.tok.config)), fabric.is_global_zero
+    check_start(out, run, resume=resume, init=init, force=force, check_init=fits, first=first)
     images = {"train": len(inputs.train), "val": len(inputs.val)}
     model = run.model
     merged = "" if model.num_tokens < _patches(run, inputs) else ", nothing merged"

@@ -12,8 +12,10 @@ from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel
 
 from mergevq.errors import ConfigError
-from mergevq.files import load_strict
-from mergevq.tokenizer.classifier import Classifier
+from mergevq.files import load_strict, read_header
+from mergevq.model_files import find_model_file
+from mergevq.tokenizer.classifier import Classifier, read_config
+from mergevq.tokenizer.classifier_config import ClassifierConfig
 from mergevq.tokenizer.model import MergeVQ
 from mergevq.training.config import flat_config
 from mergevq.training.finetune_config import FinetuneRun
@@ -141,15 +143,15 @@ _INDIFFERENT = ("image_size", "num_tokens", "began_as")
 _SHAPING = ("tokenizer.encoder.", "tokenizer.num_groups", "tokenizer.num_bits")
 
 
-def start_from(state: FinetuneState, name: str | Path) -> None:
-    """Gives the model and its average the weights of a classifier.
+def check_init(wanted: ClassifierConfig, name: str | Path) -> None:
+    """Checks that a run may start from the weights of a classifier. Reads the header of its file only.
 
     Raises:
-        CheckpointError: there is no such classifier, or its weights have other shapes.
-        ConfigError: it has other features, classes or another encoder.
+        CheckpointError: there is no such classifier.
+        ConfigError: it has other features, classes or another encoder than `wanted`.
     """
-    given = Classifier.from_pretrained(name)
-    before, now = flat_config(given.config), flat_config(state.model.config)
+    path = find_model_file(name, role="classifier")
+    before, now = flat_config(read_config(read_header(path), path)), flat_config(wanted)
     differing = [
         f"{field} ({before[field]!r} there, {now[field]!r} here)"
         for field in now
@@ -159,5 +161,16 @@ def start_from(state: FinetuneState, name: str | Path) -> None:
     ]
     if differing:
         raise ConfigError(f"expected the classifier of this run in {name}, got other {', '.join(differing)}")
+
+
+def start_from(state: FinetuneState, name: str | Path) -> None:
+    """Gives the model and its average the weights of a classifier.
+
+    Raises:
+        CheckpointError: there is no such classifier, or its weights have other shapes.
+        ConfigError: it has other features, classes or another encoder.
+    """
+    check_init(state.model.config, name)
+    given = Classifier.from_pretrained(name)
     for model in (state.model, state.ema.module):
         load_strict(model, given.state_dict(), str(name))

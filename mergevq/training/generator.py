@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mergevq.configuration import check_is
 from mergevq.data.token_cache import TokenBatch, TokenCache
 from mergevq.tokenizer.model import MergeVQ
 from mergevq.training.config import HardwareConfig
 from mergevq.training.generator_config import GeneratorRun
 from mergevq.training.generator_loss import draw_noise, real_tokens
-from mergevq.training.generator_state import GeneratorState, build_state, start_from
+from mergevq.training.generator_state import GeneratorState, build_state, check_init, start_from
 from mergevq.training.generator_validation import draw_samples, validate
 from mergevq.training.loop import Plan, check_start, run_training
 from mergevq.training.optim import clip_gradients, gradient_norm, lr_factor, run_progress, set_lr
@@ -132,10 +133,12 @@ def train_generator(
         NonFiniteLossError: a loss became NaN or infinite; the last saved state is whole.
         TrainingStopped: a signal stopped the run and its state was saved; a SystemExit with 128 + the signal's number.
     """
+    check_is(run, GeneratorRun, "presets.generator(name) is one")
     out = Path(out)
     fabric = build_fabric(hardware or HardwareConfig())
     run, inputs = open_tokens(run, cache, val_cache, tokenizer, fabric.world_size)
-    check_start(fabric, out, run, resume=resume, init=init, force=force)
+    fits, first = partial(check_init, run.model), fabric.is_global_zero
+    check_start(out, run, resume=resume, init=init, force=force, check_init=fits, first=first)
     images = {"train": len(inputs.train), "val": len(inputs.val)}
     notices: tuple[str, ...] = ()
     if run.model.order == "random" and inputs.tokenizer is not None and inputs.tokenizer.recovery is None:

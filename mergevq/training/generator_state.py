@@ -8,10 +8,13 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from mergevq.errors import ConfigError
-from mergevq.files import load_strict
+from mergevq.errors import CheckpointError, ConfigError
+from mergevq.files import load_strict, read_header
+from mergevq.generator.config import GeneratorConfig
+from mergevq.generator.model import read_config
 from mergevq.generator.random_order import RandomAR
 from mergevq.generator.raster import MergeAR
+from mergevq.model_files import find_model_file
 from mergevq.training.config import flat_config
 from mergevq.training.generator_config import GeneratorRun
 from mergevq.training.generator_loss import GeneratorStep, build_generator
@@ -84,16 +87,29 @@ _INDIFFERENT = (
 )
 
 
-def start_from(state: GeneratorState, name: str | Path) -> list[str]:
-    """Gives the model and its average the weights of a generator; returns no notices. The mask may be another.
+def read_given(wanted: GeneratorConfig, name: str | Path) -> GeneratorConfig:
+    """Returns the configuration of the generator to start from, of the same order as `wanted`.
 
     Raises:
-        CheckpointError: there is no such generator, it is of the other order, or its weights have other shapes.
-        ConfigError: its configuration differs in a field that the weights depend on.
+        CheckpointError: there is no such generator, or it is of the other order.
     """
-    given = type(state.model).from_pretrained(name)
-    before, now = flat_config(given.config), flat_config(state.model.config)
-    unknown = ("tokenizer",) if given.config.tokenizer is None else ()
+    path = find_model_file(name, role={"raster": "merge_ar", "random": "random_ar"}[wanted.order])
+    given = read_config(read_header(path), path)
+    if given.order != wanted.order:
+        raise CheckpointError(f"{path}: expected a generator of order {wanted.order}, got one of order {given.order}")
+    return given
+
+
+def check_init(wanted: GeneratorConfig, name: str | Path) -> None:
+    """Checks that a run may start from the weights of a generator. Reads the header of its file only.
+
+    Raises:
+        CheckpointError: there is no such generator, or it is of the other order.
+        ConfigError: its configuration differs from `wanted` in a field that the weights depend on.
+    """
+    given = read_given(wanted, name)
+    before, now = flat_config(given), flat_config(wanted)
+    unknown = ("tokenizer",) if given.tokenizer is None else ()
     differing = [
         f"model.{field} ({before[field]!r} there, {now[field]!r} here)"
         for field in now
@@ -101,6 +117,17 @@ def start_from(state: GeneratorState, name: str | Path) -> list[str]:
     ]
     if differing:
         raise ConfigError(f"expected the model of this run in {name}, got other {', '.join(differing)}: set them alike")
+
+
+def start_from(state: GeneratorState, name: str | Path) -> list[str]:
+    """Gives the model and its average the weights of a generator; returns no notices. The mask may be another.
+
+    Raises:
+        CheckpointError: there is no such generator, it is of the other order, or its weights have other shapes.
+        ConfigError: its configuration differs in a field that the weights depend on.
+    """
+    check_init(state.model.config, name)
+    given = type(state.model).from_pretrained(name)
     for model in (state.model, state.ema.module):
         load_strict(model, given.state_dict(), str(name))
     return []

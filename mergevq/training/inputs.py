@@ -47,14 +47,7 @@ def open_inputs(
         TokenFileError: there are no cached features where the run names some.
         MissingDependencyError, CheckpointError: a network is not installed or cannot be had.
     """
-    if train is None:
-        train, held_out = training_and_validation(run.data.train, run.data.val, run.data.val_fraction)
-        val = held_out if val is None else val
-    elif val is None:
-        raise ConfigError("expected val_data with train_data, got none")
-    if min(len(val), run.loop.val_images) < world_size:
-        raise DataError(f"expected a held-out image for each of {world_size} processes, got {len(val)}")
-
+    train, val = open_images(run, train, val, world_size)
     weights, labels = run.loss.weights, run.loss.alignment == "labels"
     if weights.perceptual == 0:
         perceptual = None
@@ -85,6 +78,25 @@ def open_inputs(
             what = "classes" if labels else "numbers from the teacher"
             raise ConfigError(f"expected {width} {what} (model.alignment.teacher_dim), got {came}: set it to {came}")
     return Inputs(train, val, perceptual, teacher, cache)
+
+
+def open_images(
+    run: TokenizerRun, train: ImageFolder | None = None, val: ImageFolder | None = None, world_size: int = 1
+) -> tuple[ImageFolder, ImageFolder]:
+    """Returns the images to train on and the held-out ones: what is given, or what the run names.
+
+    Raises:
+        DataError: images are missing or too few for the processes.
+        ConfigError: `train` is given and `val` is not.
+    """
+    if train is None:
+        train, held_out = training_and_validation(run.data.train, run.data.val, run.data.val_fraction)
+        val = held_out if val is None else val
+    elif val is None:
+        raise ConfigError("expected val_data with train_data, got none")
+    if min(len(val), run.loop.val_images) < world_size:
+        raise DataError(f"expected a held-out image for each of {world_size} processes, got {len(val)}")
+    return train, val
 
 
 def open_tokenizer(name: str | Path | MergeVQ, out: Path, role: str) -> MergeVQ:

@@ -72,16 +72,36 @@ class Plan(NamedTuple):
     """Fingerprint of each cache that is trained on, by its name in the run's `data`: tokens, teacher_cache."""
 
 
-def check_start(fabric: Any, out: Path, run: Run, *, resume: bool, init: str | Path | None, force: bool) -> None:
+def check_start(
+    out: Path,
+    run: Run,
+    *,
+    resume: bool,
+    init: str | Path | None,
+    force: bool,
+    check_init: Callable[[str | Path], object],
+    first: bool = True,
+) -> None:
     """Checks, before any work is done, that a run may begin in `out`, or go on there. Writes nothing.
+
+    Args:
+        out: folder of the run.
+        run: its configuration.
+        resume: whether it goes on there.
+        init: the model whose weights it starts from.
+        force: whether it may replace what is there.
+        check_init: raises if it cannot start from that model.
+        first: whether this process is the one that looks.
 
     Raises:
         OutputExistsError, CheckpointError, ConfigError: it may not; see `check_folder`.
     """
-    if fabric.is_global_zero:
-        check_folder(out, run, resume, force)
     if resume and init is not None:
         raise ConfigError("expected one of --resume (go on) and --init (start from a model), got both")
+    if first:
+        check_folder(out, run, resume, force)
+        if init is not None:
+            check_init(init)
 
 
 def run_training(fabric: Any, plan: Plan) -> Path:

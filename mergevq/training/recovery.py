@@ -11,13 +11,17 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from mergevq.configuration import check_is
 from mergevq.data.token_batches import token_batches
 from mergevq.data.token_cache import TokenBatch, TokenCache
 from mergevq.errors import CheckpointError, ConfigError
-from mergevq.files import load_strict
+from mergevq.files import load_strict, read_header
 from mergevq.losses.recovery import RecoveryLoss, recovery_loss
+from mergevq.model_files import find_model_file
 from mergevq.quantize import index_to_codes
+from mergevq.tokenizer.config import RecoveryConfig
 from mergevq.tokenizer.model import MergeVQ
+from mergevq.tokenizer.model_file import read_config
 from mergevq.tokenizer.recovery import SourceRecovery, fit_queries
 from mergevq.training.config import HardwareConfig
 from mergevq.training.loop import Plan, check_start, run_training
@@ -191,17 +195,34 @@ def train_recovery(
         NonFiniteLossError: a loss became NaN or infinite; the last saved state is whole.
         TrainingStopped: a signal stopped the run and its state was saved; a SystemExit with 128 + the signal's number.
     """
+    check_is(run, RecoveryRun, "presets.recovery(name) is one")
     out = Path(out)
     fabric = build_fabric(hardware or HardwareConfig())
     inputs = open_inputs(run, out, tokenizer, cache, val_cache, fabric.world_size)
     run = resolve(run, inputs)
-    check_start(fabric, out, run, resume=resume, init=init, force=force)
+    fits, first = partial(check_init, run.recovery), fabric.is_global_zero
+    check_start(out, run, resume=resume, init=init, force=force, check_init=fits, first=first)
     images = {"train": len(inputs.train), "val": len(inputs.val)}
     start = "the recovery that the tokenizer has, trained further" if goes_on(run, inputs.tok) else "a new recovery"
     build = partial(_RecoveryTraining, run, inputs)
     notices = (f"{start}: {run.recovery}",)
     caches = {"tokens": inputs.train.fingerprint}
     return run_training(fabric, Plan(run, out, build, images, resume, init, notices, caches))
+
+
+def check_init(wanted: RecoveryConfig, name: str | Path) -> None:
+    """Checks that a run may start from the recovery of a tokenizer. Reads the header of its file only.
+
+    Raises:
+        CheckpointError: there is no such tokenizer, or it has no recovery.
+        ConfigError: its recovery has another shape than `wanted`.
+    """
+    path = find_model_file(name)
+    given = read_config(read_header(path), path).recovery
+    if not given.enabled:
+        raise CheckpointError(f"expected a tokenizer with a recovery model in {name}, it has none: start without it")
+    if given != wanted:
+        raise ConfigError(f"expected a recovery of this run's shape in {name} ({wanted}), got {given}")
 
 
 class _RecoveryTraining:
@@ -218,15 +239,9 @@ class _RecoveryTraining:
         return model
 
     def start_from(self, name: str | Path) -> list[str]:
+        check_init(self.run.recovery, name)
         given = MergeVQ.from_pretrained(name)
-        if given.recovery is None:
-            raise CheckpointError(
-                f"expected a tokenizer with a recovery model in {name}, it has none: start without it"
-            )
-        if given.config.recovery != self.run.recovery:
-            raise ConfigError(
-                f"expected a recovery of this run's shape in {name} ({self.run.recovery}), got {given.config.recovery}"
-            )
+        assert given.recovery is not None
         rows, columns = self.state.model.queries.shape[-2:]
         tensors, notices = fit_queries(given.recovery, (rows, columns), str(name))
         for model in (self.state.model, self.state.ema.module):

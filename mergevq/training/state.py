@@ -10,10 +10,12 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from mergevq.errors import ConfigError
-from mergevq.files import load_strict
+from mergevq.files import load_strict, read_header
 from mergevq.losses.adversarial import LeCam, PatchDiscriminator
+from mergevq.model_files import find_model_file
 from mergevq.tokenizer.config import TokenizerConfig
 from mergevq.tokenizer.model import MergeVQ
+from mergevq.tokenizer.model_file import read_config
 from mergevq.tokenizer.recovery import fit_queries
 from mergevq.training.config import TokenizerRun, flat_config
 from mergevq.training.optim import average_weights, build_adamw
@@ -174,6 +176,24 @@ def differing_fields(given: TokenizerConfig, own: TokenizerConfig, ignored: Sequ
     ]
 
 
+def check_init(wanted: TokenizerConfig, name: str | Path) -> tuple[list[str], list[str]]:
+    """Returns the parts that a tokenizer lacks and those that a run has no use for. Reads the header of its file only.
+
+    Raises:
+        CheckpointError: there is no such tokenizer.
+        ConfigError: its configuration differs from `wanted` in a field that the weights depend on.
+    """
+    path = find_model_file(name)
+    given = read_config(read_header(path), path)
+    optional = ("recovery", "alignment")
+    missing = [p for p in optional if getattr(wanted, p).enabled and not getattr(given, p).enabled]
+    unused = [p for p in optional if getattr(given, p).enabled and not getattr(wanted, p).enabled]
+    differing = differing_fields(given, wanted, missing + unused)
+    if differing:
+        raise ConfigError(f"expected the model of this run in {name}, got other {', '.join(differing)}: set them alike")
+    return missing, unused
+
+
 def start_from(state: TrainState, name: str | Path) -> list[str]:
     """Gives the model and its average the weights of a tokenizer; returns notices about parts only one of them has.
 
@@ -184,13 +204,8 @@ def start_from(state: TrainState, name: str | Path) -> list[str]:
         CheckpointError: there is no such tokenizer, or its weights have other shapes.
         ConfigError: its configuration differs in a field that the weights depend on.
     """
+    missing, unused = check_init(state.model.config, name)
     given = MergeVQ.from_pretrained(name)
-    optional = ("recovery", "alignment")
-    missing = [p for p in optional if getattr(given, p) is None and getattr(state.model, p) is not None]
-    unused = [p for p in optional if getattr(given, p) is not None and getattr(state.model, p) is None]
-    differing = differing_fields(given.config, state.model.config, missing + unused)
-    if differing:
-        raise ConfigError(f"expected the model of this run in {name}, got other {', '.join(differing)}: set them alike")
     tensors = {k: v for k, v in given.state_dict().items() if k.split(".")[0] not in unused}
     tensors |= {k: v for k, v in state.model.state_dict().items() if k.split(".")[0] in missing}
     resized: list[str] = []

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mergevq.configuration import check_is
 from mergevq.data.folder import ImageFolder
 from mergevq.data.loader import Batch
 from mergevq.tokenizer.model import MergeVQ
@@ -16,7 +17,7 @@ from mergevq.training.inputs import Inputs, open_inputs, stream
 from mergevq.training.loop import Plan, check_start, run_training
 from mergevq.training.optim import clip_gradients, gradient_norm, lr_factor, run_progress, set_lr
 from mergevq.training.processes import agreed_values, build_fabric
-from mergevq.training.state import TrainState, build_state, start_from
+from mergevq.training.state import TrainState, build_state, check_init, start_from
 from mergevq.training.steps import weighted_sum
 from mergevq.training.validation import draw_held_out, validate
 
@@ -152,10 +153,12 @@ def train_tokenizer(
         NonFiniteLossError: a loss became NaN or infinite; the last saved state is whole.
         TrainingStopped: a signal stopped the run and its state was saved; a SystemExit with 128 + the signal's number.
     """
+    check_is(run, TokenizerRun, "presets.tokenizer(name) is one")
     out = Path(out)
     hardware = hardware or HardwareConfig()
     fabric = build_fabric(hardware)
-    check_start(fabric, out, run, resume=resume, init=init, force=force)
+    fits, first = partial(check_init, run.model), fabric.is_global_zero
+    check_start(out, run, resume=resume, init=init, force=force, check_init=fits, first=first)
     inputs = open_inputs(run, train_data, val_data, perceptual, teacher, fabric.world_size)
     images = {"train": len(inputs.train), "val": len(inputs.val)}
     build = partial(_TokenizerTraining, run, inputs)

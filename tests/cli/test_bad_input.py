@@ -51,18 +51,22 @@ def _contents(folder: Path) -> dict[str, bytes]:
 
 ENCODE = "-o new.mvq --model model.safetensors"
 CASES = {
-    "missing folder": (f"encode nowhere {ENCODE}", "nowhere"),
+    "missing folder": (f"encode nowhere {ENCODE}", "an image, a folder of images or a .zip at nowhere"),
     "missing image": (f"encode nowhere.png {ENCODE}", "nowhere.png"),
     "empty folder": (f"encode empty {ENCODE}", "empty folder"),
     "folder without images": (f"encode texts {ENCODE}", "1 other files"),
     "broken folder": (f"encode broken {ENCODE}", "all 3 tried are broken"),
     "broken image": (f"encode broken/a.png {ENCODE}", "a.png"),
-    "K of 0": (f"encode photos {ENCODE} --num-tokens 0", "1..64"),
+    "K of 0": (f"encode photos {ENCODE} --num-tokens 0", "--num-tokens to be at least 1, got 0"),
     "K above L": (f"encode photos {ENCODE} --num-tokens 65", "1..64"),
     "two K in one file": (f"encode photos {ENCODE} --num-tokens 20,10", "one K"),
     "size not divisible": (f"encode photos {ENCODE} --size 30", "multiple of the model's downsampling 4, got 30"),
-    "size too small": (f"encode photos {ENCODE} --size 0", "got 0"),
-    "no such device": (f"encode photos {ENCODE} --device tpu9", "'tpu9'"),
+    "size of 0": (f"encode photos {ENCODE} --size 0", "--size of at least 4, the model's downsampling, got 0"),
+    "negative size": (f"encode photos {ENCODE} --size -64", "--size of at least 4, the model's downsampling, got -64"),
+    "size too large": (f"encode photos {ENCODE} --size 1028", "--size of at most 1024 (256 x 256 patches"),
+    "no such device": (f"encode photos {ENCODE} --device tpu9", "expected a device that is there (auto, cpu"),
+    "no GPU": (f"encode photos {ENCODE} --device cuda", "no CUDA device here: use cpu"),
+    "no second GPU": (f"encode photos {ENCODE} --device cuda:1", "got cuda:1, no CUDA device here: use cpu"),
     "token file with another ending": ("encode photos -o new.png --model model.safetensors", ".mvq"),
     "encode no images at a time": (f"encode photos {ENCODE} --batch-size 0", "--batch-size to be at least 1, got 0"),
     "decode no images at a time": (
@@ -80,24 +84,41 @@ CASES = {
     "no model": ("encode photos -o new.mvq --model none.safetensors", "none.safetensors"),
     "truncated model": ("encode photos -o new.mvq --model short.safetensors", "short.safetensors"),
     "foreign model": ("encode photos -o new.mvq --model foreign.safetensors", "mergevq convert"),
-    "token file as model": ("decode good.mvq -o new --model good.mvq", "tokens"),
-    "output of encode exists": ("encode photos -o there.mvq --model model.safetensors", "there.mvq exists"),
+    "token file as model": ("decode good.mvq -o new --model good.mvq", "expected a tokenizer file, got a token file"),
+    "output of encode exists": (
+        "encode photos -o there.mvq --model model.safetensors",
+        "there.mvq exists already: choose another name, or overwrite it with --force\n",
+    ),
     "truncated tokens": ("decode short.mvq -o new --model model.safetensors", "truncated"),
     "flipped bit": ("decode flipped.mvq -o new --model model.safetensors", "checksum"),
     "newer tokens": ("decode newer.mvq -o new --model model.safetensors", "tokens/9"),
     "tokens of another model": ("decode good.mvq -o new --model other.safetensors", "the model that made them"),
-    "model as token file": ("decode model.safetensors -o new --model model.safetensors", "tokenizer"),
+    "model as token file": (
+        "decode model.safetensors -o new --model model.safetensors",
+        "expected a token file (.mvq), got a tokenizer file",
+    ),
+    "picture as token file": (
+        "decode photos/0000.png -o new --model model.safetensors",
+        "expected a token file (.mvq), got a PNG image",
+    ),
     "no token file": ("decode none.mvq -o new --model model.safetensors", "none.mvq"),
     "output of decode exists": ("decode good.mvq -o full --model model.safetensors", "full exists"),
-    "show with K of 0": ("show photos/0000.png -o new.png --model model.safetensors --num-tokens 9,0", "1..64"),
+    "show with K of 0": (
+        "show photos/0000.png -o new.png --model model.safetensors --num-tokens 9,0",
+        "--num-tokens to be at least 1, got 0",
+    ),
     "output of show exists": ("show photos/0000.png -o there.png --model model.safetensors", "there.png exists"),
+    "show of a folder": ("show photos -o new.png --model model.safetensors", "got the folder photos"),
     "show to an unknown format": ("show photos/0000.png -o new.mvq --model model.safetensors", ".png"),
     "eval of a broken folder": ("eval reconstruction broken -o new --model model.safetensors", "broken"),
     "eval with K above L": (
         "eval reconstruction photos -o new --model model.safetensors --num-tokens 9,65 --network none",
         "1..64",
     ),
-    "eval with no images": ("eval reconstruction photos -o new --model model.safetensors --limit 0", "limit"),
+    "eval with no images": (
+        "eval reconstruction photos -o new --model none.safetensors --limit 0",
+        "--limit to be at least 1, got 0",
+    ),
     "eval with too many examples": (
         "eval reconstruction photos -o new --model model.safetensors --network none --examples 1000",
         "0..64 examples",
@@ -111,6 +132,7 @@ CASES = {
     "output of convert exists": ("convert x.ckpt --config x.yaml -o there.safetensors", "there.safetensors exists"),
     "convert to another ending": ("convert x.ckpt --config x.yaml -o new.ckpt", ".safetensors"),
     "info of nothing": ("info none.mvq", "none.mvq"),
+    "info of a folder": ("info photos", "photos: expected a folder with a model.safetensors (a training run)"),
     "info of a foreign file": ("info foreign.safetensors", "mergevq convert"),
     "info of a damaged file": ("info flipped.mvq", "checksum"),
     "no preset": ("train tokenizer -o new", "--preset and one of tiny"),
@@ -125,8 +147,29 @@ CASES = {
     "output of train exists": ("train tokenizer --preset tiny -o full", "full exists"),
     "nothing to resume": ("train tokenizer --preset tiny -o full --resume", "full"),
     "nothing to resume, no preset": ("train tokenizer -o empty --resume", "empty"),
+    "dry run from no model": ("train tokenizer --preset tiny -o new --dry-run --init nosuch", "nosuch"),
+    "dry run from another model": (
+        "train tokenizer --preset tiny -o new --dry-run --init model.safetensors",
+        "expected the model of this run in model.safetensors, got other model.num_bits (6 there, 12 here)",
+    ),
+    "dry run into a full folder": ("train tokenizer --preset tiny -o full --dry-run", "full exists"),
+    "dry run of resuming nothing": ("train tokenizer --preset tiny -o full --dry-run --resume", "full/state"),
+    "dry run on nothing": ("train tokenizer --preset tiny -o new --dry-run --data.train nowhere", "nowhere"),
+    "dry run of a generator from a tokenizer": (
+        "train generator --preset tiny -o new --dry-run --init model.safetensors",
+        "expected a generator file, got a tokenizer file",
+    ),
+    "dry run of a generator into a full folder": ("train generator --preset tiny -o full --dry-run", "full exists"),
+    "dry run of recovery into a full folder": ("train recovery --preset emoji_64 -o full --dry-run", "full exists"),
+    "dry run of fine-tuning into a full folder": ("finetune --preset tiny -o full --dry-run", "full exists"),
+    "dry run of fine-tuning from nothing": ("finetune --preset tiny -o new --dry-run --init nosuch", "nosuch"),
     "output of demo exists": ("demo --out full", "full exists"),
     "demo without time": ("demo --out new --minutes 0", "--minutes and --generator-minutes above 0"),
+    "no verb": ("zzzzzz", "expected a verb, got 'zzzzzz': see mergevq --help"),
+    "cache without labels": (
+        "cache-tokens photos -o new --model model.safetensors --labels nosuch.csv",
+        "nosuch.csv: expected a file of labels, got: no such file or directory",
+    ),
     "misspelt verb": ("encoed photos", "did you mean encode"),
     "misspelt second word": ("train tokeniser --preset tiny", "did you mean train tokenizer"),
 }
@@ -228,6 +271,20 @@ def test_an_interrupted_verb_says_so(
     assert main(f"encode photos {ENCODE}".split()) == 130
     assert capsys.readouterr().err == "mergevq: interrupted\n"
     assert not (place / "new.mvq").exists()
+
+
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt(), 130), (OSError(28, "No space left on device"), 2)])
+def test_an_interrupted_cache_says_how_to_go_on(
+    stop: BaseException, code: int, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise stop
+
+    monkeypatch.setattr("os.fsync" if code == 2 else "mergevq.tokenizer.model.MergeVQ.encode", interrupt)
+    assert main(["cache-tokens", "photos", "-o", "new", "--model", "model.safetensors", "--workers", "0"]) == code
+    err = capsys.readouterr().err
+    assert "the same command without --force goes on with what is missing\n" in err and err.count("\n") == 1
+    assert err.startswith("mergevq: interrupted: " if code == 130 else "mergevq: error: ")
 
 
 def test_a_file_of_the_wrong_kind_where_a_folder_goes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

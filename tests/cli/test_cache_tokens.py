@@ -94,7 +94,9 @@ def test_an_interrupted_run_is_gone_on_with(
 
     monkeypatch.setattr(MergeVQ, "encode_each", interrupted)
     assert run(f"photos -o cut {options}") == 130
-    assert capsys.readouterr().err == "mergevq: interrupted\n"
+    assert capsys.readouterr().err == (
+        "mergevq: interrupted: the same command without --force goes on with what is missing\n"
+    )
     assert run(f"photos -o cut {options}") == 0
     assert calls == 4  # Three shards, of which the second was tried twice.
     for path in Path("whole").iterdir():
@@ -110,7 +112,7 @@ CASES = {
     "broken images": ("broken -o new --model model.safetensors", "all 1 tried are broken"),
     "no model": ("photos -o new --model none.safetensors", "none.safetensors"),
     "K above L": ("photos -o new --model model.safetensors --num-tokens 65", "1..64"),
-    "K of 0": ("photos -o new --model model.safetensors --num-tokens 0", "1..64"),
+    "K of 0": ("photos -o new --model model.safetensors --num-tokens 0", "at least 1, got 0"),
     "unknown view": ("photos -o new --model model.safetensors --views crop,top", "views of crop, flip, got top"),
     "size not divisible": ("photos -o new --model model.safetensors --size 30", "downsampling 4, got 30"),
     "no images in a file": ("photos -o new --model model.safetensors --shard-size 0", "one image a shard, got 0"),

@@ -14,6 +14,7 @@ from mergevq.data.images import read_images
 from mergevq.generator.config import GeneratorConfig
 from mergevq.generator.random_order import RandomAR
 from mergevq.generator.raster import MergeAR
+from mergevq.model_files import shipped_roles
 from mergevq.sampling import image_seeds
 from mergevq.tokenizer.model import MergeVQ
 from mergevq.tokens import load_tokens
@@ -77,7 +78,10 @@ def test_images_are_those_of_the_python_api(generators, tokenizer_file, tmp_path
         torch.testing.assert_close(read_images([out / name], 32), drawn, atol=1 / 127, rtol=0)
     with Image.open(out / "sheet.png") as sheet:
         assert sheet.width > 3 * 64
-    assert f"{float(tokens.num_tokens.double().mean()):.1f} tokens an image of 64 patches" in capsys.readouterr().out
+    low, high = tokens.num_tokens.min(), tokens.num_tokens.max()
+    drew = f"{low} to {high}" if low < high else f"{low}"
+    told = f"asked for K = 20, drew {drew} distinct tokens, {float(tokens.num_tokens.double().mean()):.1f} on average"
+    assert told in capsys.readouterr().out
 
 
 def test_both_caches_write_the_same_files(generators, tokenizer_file, tmp_path) -> None:
@@ -228,3 +232,30 @@ def test_a_seed_that_torch_cannot_take_leaves_no_trace(
     assert run(out, generators["raster"], tokenizer_file, "--seed", "9" * 23) == 2
     assert f"expected --seed of at most 64 bits, got {'9' * 23}" in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("given", [["2,1"], ["2", "1"], ["2,", "1"]])
+def test_a_value_for_each_bit_group_is_written_with_commas_or_spaces(given, generators, tokenizer_file, tmp_path):
+    words = ["--guidance", *given, "--temperature", "1,0.9", "--top-k", "3,0", "--top-p", "1,0.8", "--num-images", "1"]
+    assert run(tmp_path / "out", generators["raster"], tokenizer_file, *words) == 0
+    record = json.loads((tmp_path / "out" / "generate.json").read_text())
+    told = [record[name] for name in ("guidance", "temperature", "top_k", "top_p")]
+    assert told == [[2, 1], [1, 0.9], [3, 0], [1, 0.8]]
+
+
+def test_an_interrupted_run_says_how_to_go_on(generators, tokenizer_file, tmp_path, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MergeAR, "generate", interrupt)
+    assert run(tmp_path / "out", generators["raster"], tokenizer_file) == 130
+    assert "the same command with --resume goes on" in capsys.readouterr().err
+
+
+def test_the_help_names_the_models_that_are_there(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "folder of a training run, emoji_64 (comes with the package), or Hugging Face hub id" in text
+    assert ("emoji_64_random" in text) == ("random_ar" in shipped_roles("emoji_64"))
+    assert "the lowest bits first" in text and "not a promise" in text

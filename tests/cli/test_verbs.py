@@ -62,6 +62,19 @@ def test_the_package_runs_as_the_command() -> None:
     assert (done.returncode, done.stdout) == (0, f"mergevq {__version__}\n")
 
 
+def test_ctrl_c_while_the_parser_is_imported_is_one_line() -> None:
+    code = (
+        "import sys, mergevq.cli.main as m\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'tyro': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        "sys.exit(m.main(['encode', '-h']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "mergevq: interrupted\n")
+
+
 def test_help_loads_no_torch() -> None:
     code = (
         "import sys, mergevq.cli.main as m\n"

@@ -18,8 +18,6 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    mergevq.MergeVQ(presets.tiny().model).save_pretrained(tmp_path / "demo" / "model.safetensors")
     mergevq.write_images(tmp_path / "photos", torch.rand(2, 3, 80, 100) * 2 - 1)
     monkeypatch.chdir(tmp_path)
     block = re.search(r"```python\n(.*?)```", README, re.S)
@@ -34,6 +32,19 @@ def test_the_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     said = re.search(r"bit-packed: (\d+) bytes", block[1])
     assert said is not None
     assert int(said[1]) == -(-100 * 12 // 8) + 256 * 7 // 8
+
+
+def test_the_commands_that_need_no_training_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mergevq.write_images(tmp_path / "photos", torch.rand(2, 3, 80, 100) * 2 - 1, ["cat", "dog"])
+    monkeypatch.chdir(tmp_path)
+    block = re.search(r"```\n(mergevq encode photos .*?)```", README, re.S)
+    assert block is not None
+    commands = [line.split("#")[0].split()[1:] for line in block[1].splitlines()]
+    assert [words[0] for words in commands] == ["encode", "decode", "show", "generate"]
+    for words in commands:
+        assert main(words) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"photos", "photos.mvq", "decoded", "cat.png", "new"}
+    assert len(list((tmp_path / "decoded").glob("*.png"))) == 2
 
 
 def test_the_block_that_generates_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

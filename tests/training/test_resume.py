@@ -305,7 +305,7 @@ def test_a_folder_with_something_in_it_is_refused_or_cleaned(uninterrupted, tmp_
     out = tmp_path / "run"
     shutil.copytree(uninterrupted, out)
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(OutputExistsError, match="--force"):
+    with pytest.raises(OutputExistsError, match="force=True"):
         train_tokenizer(tiny_run, out, perceptual=perceptual, teacher=teacher)
     run = loop(tiny_run, steps=1)
     train_tokenizer(run, out, force=True, perceptual=perceptual, teacher=teacher)

@@ -188,7 +188,7 @@ def test_refuse_existing(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
     for taken in (tmp_path / "file", tmp_path, tmp_path / "broken"):
-        assert "--force" in message(lambda taken=taken: refuse_existing(taken, force=False), OutputExistsError)
+        assert "force=True" in message(lambda taken=taken: refuse_existing(taken, force=False), OutputExistsError)
         refuse_existing(taken, force=True)
 
 
@@ -385,6 +385,7 @@ def test_a_hub_id_is_downloaded(model_file: Path, monkeypatch: pytest.MonkeyPatc
         return str(model_file)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda _: None)
     assert find_model_file("some-owner/gr_256.v1") == model_file
     assert asked == [("some-owner/gr_256.v1", "model.safetensors")]
 
@@ -397,6 +398,7 @@ def test_a_hub_that_does_not_answer_or_does_not_have_it(monkeypatch: pytest.Monk
             raise error
 
         monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+        monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda _: None)
         text = message(lambda: find_model_file("owner/name"), CheckpointError)
         assert text.startswith("owner/name: no such file or folder here, and")
         return text
@@ -407,6 +409,26 @@ def test_a_hub_that_does_not_answer_or_does_not_have_it(monkeypatch: pytest.Monk
     assert "check the name" in said(missing)
     assert "(too many requests)" in said(RuntimeError("too many requests\nand much more"))
     assert "(TimeoutError)" in said(TimeoutError())
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once_and_quietly(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def fail(url: str) -> None:
+        asked.append(url)
+        raise RuntimeError("Name or service not known")  # Stands for the errors of the HTTP library.
+
+    forbid_the_hub(monkeypatch)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", fail)
+    assert "cannot be reached" in message(lambda: find_model_file("owner/name"), CheckpointError)
+    assert len(asked) == 1 and "owner/name" in asked[0]
+    assert capfd.readouterr() == ("", "")
+    # What was downloaded before needs no answer: the client looks there itself.
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "/kept/model.safetensors")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: "/kept/model.safetensors")
+    assert find_model_file("owner/name") == Path("/kept/model.safetensors") and len(asked) == 1
 
 
 def forbid_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

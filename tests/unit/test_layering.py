@@ -20,7 +20,7 @@ ROWS = (
     "tokenizer generator",
     "layers",
     "tokens",
-    "merging quantize sampling model_files files bitpacking configuration",
+    "merging quantize sampling model_files files checksum bitpacking configuration",
     "errors",
 )
 RANK = {unit: -row for row, units in enumerate(ROWS) for unit in units.split()}

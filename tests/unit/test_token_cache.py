@@ -392,7 +392,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "foreign manifest": (lambda f: (f / MANIFEST).write_text("{}"), "expected the field mergevq"),
     "manifest of a list": (lambda f: (f / MANIFEST).write_text("[]"), "expected the field mergevq"),
     "newer": (lambda f: edit(f / MANIFEST, lambda m: m.update(mergevq="token-cache/9")), "upgrade mergevq"),
-    "other kind": (lambda f: edit(f / MANIFEST, lambda m: m.update(mergevq="tokens/1")), "got a tokens file"),
+    "other kind": (lambda f: edit(f / MANIFEST, lambda m: m.update(mergevq="tokens/1")), "got a token file"),
     "no shards named": (lambda f: edit(f / MANIFEST, lambda m: m.pop("shards")), "the field shards"),
     "one shard named": (lambda f: edit(f / MANIFEST, lambda m: m["shards"].pop()), "expected 3 shards"),
     "shard without size": (lambda f: edit(f / MANIFEST, lambda m: m["shards"][0].pop("bytes")), "'bytes'"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import mergevq.tokens
+from mergevq.checksum import checksum
 from mergevq.errors import OutputExistsError, ShapeError, TokenFileError, WriteError
 from mergevq.files import load_tensors, save_tensors
 from mergevq.merging import SourceMap
@@ -308,7 +308,7 @@ def test_a_truncated_or_missing_or_foreign_file(tmp_path: Path) -> None:
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
     refused(path, "a PNG image")
     save_tensors(path, {"w": torch.ones(2)}, {"mergevq": "tokenizer/1"})
-    refused(path, "expected a tokens file, got a tokenizer file")
+    refused(path, "expected a token file (.mvq), got a tokenizer file")
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32, torch.int64])
@@ -364,7 +364,7 @@ def test_a_header_that_does_not_fit_its_data(tmp_path: Path, change: dict[str, s
     save_tokens(path, make([5, 3]))
     tensors, header = load_tensors(path)
     header = {**header, **change}
-    header["sha256"] = mergevq.tokens._checksum(header, {name: data.numpy() for name, data in tensors.items()})
+    header["sha256"] = checksum(header, tensors)
     save_tensors(path, tensors, header)
     refused(path, "expected a header that fits the data")
 
