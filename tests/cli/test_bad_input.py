@@ -280,7 +280,7 @@ def test_an_interrupted_cache_says_how_to_go_on(
     def interrupt(*_: object, **__: object) -> None:
         raise stop
 
-    monkeypatch.setattr("os.fsync" if code == 2 else "mergevq.tokenizer.model.MergeVQ.encode", interrupt)
+    monkeypatch.setattr("os.fsync" if code == 2 else "mergevq.tokenizer.model.MergeVQ.encode_each", interrupt)
     assert main(["cache-tokens", "photos", "-o", "new", "--model", "model.safetensors", "--workers", "0"]) == code
     err = capsys.readouterr().err
     assert "the same command without --force goes on with what is missing\n" in err and err.count("\n") == 1

@@ -121,7 +121,7 @@ def test_compare_masks_trains_each_rule_once(
     run_example("compare_masks.py", *words)
     first = capsys.readouterr().out
     rows = {row["rule"]: row for row in json.loads((out / "masks.json").read_text())["rows"]}
-    assert set(rows) == {"R = 2, first (paper)", "keep last", "R = 4, keep last", "plain causal"}
+    assert set(rows) == {"R = 2, first (paper)", "keep last", "R = 8, keep last", "plain causal"}
     assert sorted(row["seeds"] for row in rows.values()) == [1, 2, 2]
     assert rows["plain causal"]["keys seen"] == 1.0 > rows["keep last"]["keys seen"]
     run_example("compare_masks.py", *words)  # All runs are finished: they are read.

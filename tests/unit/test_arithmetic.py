@@ -61,7 +61,7 @@ def test_settings_for_each_operation_are_put_back_too() -> None:
 @pytest.mark.usefixtures("rounding")
 def test_tokens_are_made_and_drawn_without_rounding(tiny_tokenizer: MergeVQ, images: torch.Tensor) -> None:
     seen: list[str] = []
-    for part in (tiny_tokenizer.encoder, tiny_tokenizer.decoder, tiny_tokenizer.recovery):
+    for part in (tiny_tokenizer.encoder.stem, tiny_tokenizer.decoder, tiny_tokenizer.recovery):
         part.register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
     tokens = tiny_tokenizer.encode(images, 20)
     tiny_tokenizer.decode(tiny_tokenizer.recover(tokens.without_source()))
