@@ -14,7 +14,9 @@ from mergevq.errors import ShapeError
 from mergevq.metrics.probe import check_every_class, check_labelled, hold_out, ranked
 from mergevq.metrics.probe_config import LinearConfig
 
-_EPSILON = 1e-6  # Added to variances, as in MAE's probes.
+_EPSILON = (
+    1e-6  # Added to variances, as in MAE's probes, but as a share of their mean: features of any size count alike.
+)
 _ENTRIES = 2**26  # Of the logits that are held.
 
 Point = tuple[float | None, float]
@@ -42,7 +44,7 @@ class LinearProbe:
     mean: Float[Tensor, " D"]
     """Of the training features."""
     scale: Float[Tensor, " D"]
-    """1 / sqrt(variance of the training features + 1e-6)."""
+    """1 / sqrt(variance + 1e-6 of the variances' mean), of the training features."""
     learning_rate: float | None
     """The chosen one; None for lbfgs."""
     weight_decay: float
@@ -135,7 +137,7 @@ def _fit(
     variance, mean = torch.var_mean(features, 0, correction=0)
     if not variance.isfinite().all():
         raise ShapeError("expected features whose variance is a finite number, got larger ones: divide them first")
-    scale = (variance + _EPSILON).rsqrt()
+    scale = (variance + _EPSILON * variance.mean().clamp_min(torch.finfo(variance.dtype).tiny / _EPSILON)).rsqrt()
     if config.optimizer == "adamw":
         weight, bias = _adamw(features, labels, num_classes, grid, config, seed, mean, scale)
     else:

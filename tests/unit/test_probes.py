@@ -63,6 +63,15 @@ def test_weight_decay_is_decoupled_and_leaves_the_bias() -> None:
     assert torch.equal(free.bias, decayed.bias) and free.bias[0] > 0.1
 
 
+@pytest.mark.parametrize("size", [2.0**-20, 2.0**20])
+def test_the_size_of_features_makes_no_difference(size: float) -> None:
+    """The class token of an untrained encoder is 1e-6 long: as it is, it would be a baseline only in name."""
+    x, labels = examples(60)
+    config = LinearConfig(learning_rates=(0.1,), epochs=3)
+    probe, scaled = (fit_linear_probe(f, labels, num_classes=3, config=config) for f in (x, x * size))
+    torch.testing.assert_close(scaled.logits(x * size), probe.logits(x))
+
+
 def test_a_feature_that_never_changes_has_no_say() -> None:
     x, labels = examples(60)
     x[:, 2] = 7.0
