@@ -40,6 +40,16 @@ class Labelled:
     labels: Int[Tensor, " n"]
 
 
+def remove_features(folder: Path) -> None:
+    """Removes the features that a cache wrote to a folder, and nothing else; none if no cache did."""
+    if not (folder / RECORD).is_file():
+        return
+    (folder / RECORD).unlink()
+    for path in list(folder.iterdir()):
+        if path.is_file() and (_SHARD.fullmatch(path.name) or _TEMPORARY.fullmatch(path.name)):
+            path.unlink()
+
+
 class FeatureCache:
     """Features of the parts train and test in a folder.
 
@@ -102,7 +112,7 @@ class FeatureCache:
                 return
             if not force:
                 self._refuse(found)
-            self._remove()
+            remove_features(self.folder)
         else:
             refuse_existing(self.folder, force)
         write_json(record, {"mergevq": FORM, "settings": self.settings})
@@ -117,12 +127,6 @@ class FeatureCache:
             f"{self.folder} holds features of another {name}, {came} instead of {wanted}: choose another folder, or "
             "start anew with force=True"
         )
-
-    def _remove(self) -> None:
-        (self.folder / RECORD).unlink(missing_ok=True)
-        for path in list(self.folder.iterdir()):
-            if _SHARD.fullmatch(path.name) or _TEMPORARY.fullmatch(path.name):
-                path.unlink()
 
     def fill(self, processes: Processes, on_images: Callable[[int], None]) -> None:
         """Makes this process's share of the shards that are not there yet.

@@ -1,17 +1,20 @@
 """The finished parts of an evaluation in a folder, from which an interrupted one goes on."""
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mergevq.errors import OutputExistsError
+from mergevq.evaluation.feature_cache import remove_features
 from mergevq.evaluation.schema import reading
 from mergevq.files import read_json, refuse_existing, write_json
 
 SCHEMA = "mergevq.evaluation-part/1"
+
+PARTS = ("reconstruction", "generation", "representation", "sanity")
+"""Every part by name, in the order in which they are made."""
 
 FEATURES = "features"
 RESULTS = ("evaluation.json", "report.html", "card.md")
@@ -60,8 +63,10 @@ class KeptParts:
             for name in self.requests:
                 self.read(name)
             return
-        for name in (_PARTS, FEATURES):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+        # Only what an evaluation wrote: "parts" and "features" are anybody's names.
+        for name in PARTS:
+            self._path(name).unlink(missing_ok=True)
+        remove_features(self.folder / FEATURES)
 
     def read(self, name: str) -> dict[str, Any] | None:
         """Returns result and section of a finished part, as JSON values; None if it is not there.

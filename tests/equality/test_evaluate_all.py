@@ -219,8 +219,13 @@ def test_what_a_folder_holds_is_not_mixed_with_other_results(
     (out / "mine.txt").write_text("mine")
     with pytest.raises(OutputExistsError, match="out exists already"):
         run(tiny_tokenizer, None, photos, **options)
+    (out / "features").mkdir()
+    foreign = [out / "features" / "mine.npy", out / "parts" / "mine.step"]
+    for path in foreign:
+        path.write_text("mine")
     forced = run(tiny_tokenizer, None, photos, **options, force=True)
     assert len(drawn) == 2 and timeless(forced.to_json()) == timeless(before)
+    assert all(path.read_text() == "mine" for path in foreign), "what is not an evaluation's stays"
     (out / "mine.txt").unlink()
     with torch.no_grad():
         next(tiny_tokenizer.decoder.parameters()).mul_(2)
