@@ -88,7 +88,7 @@ def _s_64() -> GeneratorRun:
 
 
 def _emoji_64() -> GeneratorRun:
-    """The weights that come with the package: 47 minutes on two CPU cores.
+    """The weights that come with the package: 47 minutes on one CPU core.
 
     No dropout: ten passes over the images, each time at another K or mirrored, do not overfit.
     """
