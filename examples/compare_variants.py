@@ -19,6 +19,7 @@ import torch
 import mergevq
 from mergevq.data.sources import evaluation_images, training_images
 from mergevq.files import atomic_path, write_json
+from mergevq.layers.pretrained import weights_checksum
 from mergevq.metrics.probe_config import LinearConfig, ProbeConfig
 from mergevq.training.config import TokenizerRun
 
@@ -113,9 +114,17 @@ def finished(out: Path, steps: int) -> bool:
 def measure(out: Path, train: Any, val: Any, options: argparse.Namespace) -> dict[str, Any]:
     """Reconstruction and representation at three K: all patches, nine sixteenths, a quarter."""
     file = out / "measured.json"
-    if file.exists():
-        return dict(json.loads(file.read_text()))
     tok = mergevq.MergeVQ.from_pretrained(out, device=options.device)
+    wanted = {
+        "tokenizer": tok.fingerprint(),
+        "decoder": weights_checksum(tok.decoder),
+        "limit": options.limit,
+        "epochs": options.epochs,
+    }
+    if file.exists():
+        found: dict[str, Any] = json.loads(file.read_text())
+        if found["measured"] == wanted:
+            return found
     patches = tok.config.num_patches
     counts = (patches, patches * 9 // 16, patches // 4)
     report = mergevq.evaluate_reconstruction(tok, val, counts)
@@ -128,10 +137,12 @@ def measure(out: Path, train: Any, val: Any, options: argparse.Namespace) -> dic
         probes=ProbeConfig(probes=("knn", "linear"), linear=LinearConfig(epochs=options.epochs)),
         train_limit=options.limit,
         cache=out / "features",
+        force=True,  # Those of an earlier state of the run are of no use.
     )
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     rates = sorted(record["images_per_second"] for record in log if record["kind"] == "train")
     found = {
+        "measured": wanted,
         "images_per_second": rates[len(rates) // 2],
         "minutes": max(record["elapsed"] for record in log if record["kind"] == "train") / 60,
         "reconstruction": report.to_json(),

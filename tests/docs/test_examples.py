@@ -149,6 +149,9 @@ def test_compare_variants_trains_each_once_and_measures_it(tmp_path: Path, capsy
     assert "random weights, class token" in first
     run_example("compare_variants.py", *words)  # All is finished: it is read.
     assert capsys.readouterr().out.splitlines()[-6:] == first.splitlines()[-6:]
+    run_example("compare_variants.py", *words, "--epochs", 6)  # Measured otherwise: it is measured again.
+    rows = json.loads((tmp_path / "out" / "variants.json").read_text())["runs"]
+    assert [row["measured"]["epochs"] for row in rows] == [6, 6]
 
 
 def test_token_map_shows_larger_tokens_at_smaller_k(model_file: Path, tmp_path: Path) -> None:
