@@ -70,13 +70,12 @@ def _small(model: GeneratorConfig, *, steps: int, lr: float = 1e-3, batch_size: 
     )
 
 
-def _s_64() -> GeneratorRun:
-    """Two million parameters, for comparisons in minutes: too short a training to need dropout."""
-    model = GeneratorConfig(
+def _narrow(depth: int) -> GeneratorConfig:
+    return GeneratorConfig(
         num_bits=12,
         groups=(6, 6),
         width=192,
-        depth=4,
+        depth=depth,
         group_depth=1,
         heads=6,
         ffn_multiple=64,
@@ -84,7 +83,11 @@ def _s_64() -> GeneratorRun:
         token_dropout=0.0,
         dropout=0.0,
     )
-    return _small(model, steps=4_000, lr=1.5e-3)
+
+
+def _s_64() -> GeneratorRun:
+    """Two million parameters, for comparisons in minutes: too short a training to need dropout."""
+    return _small(_narrow(depth=4), steps=4_000, lr=1.5e-3)
 
 
 def _emoji_64() -> GeneratorRun:
@@ -92,19 +95,7 @@ def _emoji_64() -> GeneratorRun:
 
     No dropout: ten passes over the images, each time at another K or mirrored, do not overfit.
     """
-    model = GeneratorConfig(
-        num_bits=12,
-        groups=(6, 6),
-        width=192,
-        depth=6,
-        group_depth=1,
-        heads=6,
-        ffn_multiple=64,
-        num_classes=9,
-        token_dropout=0.0,
-        dropout=0.0,
-    )
-    run = _small(model, steps=3_500, lr=1.5e-3, batch_size=8)
+    run = _small(_narrow(depth=6), steps=3_500, lr=1.5e-3, batch_size=8)
     return replace(run, loop=replace(run.loop, val_every=1_000))
 
 
