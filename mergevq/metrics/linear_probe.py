@@ -14,9 +14,8 @@ from mergevq.errors import ShapeError
 from mergevq.metrics.probe import check_every_class, check_labelled, hold_out, ranked
 from mergevq.metrics.probe_config import LinearConfig
 
-_EPSILON = (
-    1e-6  # Added to variances, as in MAE's probes, but as a share of their mean: features of any size count alike.
-)
+# Added to variances, as in MAE's probes, but as a share of their mean: features of any size count alike.
+_EPSILON = 1e-6
 _ENTRIES = 2**26  # Of the logits that are held.
 
 Point = tuple[float | None, float]
