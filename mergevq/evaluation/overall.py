@@ -235,6 +235,7 @@ def evaluate_all(
                 probes=probes,
                 size=side,
                 cache=None if folder is None else folder / FEATURES,
+                force=force,
                 batch_size=batch_size,
                 device=place,
                 seed=seed,
