@@ -202,6 +202,14 @@ def test_an_interrupted_evaluation_goes_on(
     assert fewer.missing == {"generation": "no generator was given"} and len(drawn) == 4
 
 
+def test_forced_features_lie_beside_files_of_others(photos: Path, tiny_tokenizer: MergeVQ, tmp_path: Path) -> None:
+    mine = tmp_path / "out" / "features" / "mine.npy"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    run(tiny_tokenizer, None, photos, out=tmp_path / "out", parts=("representation",), force=True)
+    assert mine.read_text() == "mine" and len(list(mine.parent.glob("*.safetensors"))) >= 2
+
+
 def test_what_a_folder_holds_is_not_mixed_with_other_results(
     photos: Path, tiny_tokenizer: MergeVQ, tmp_path: Path, drawn: list[str]
 ) -> None:
