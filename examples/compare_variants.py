@@ -61,6 +61,20 @@ def without_merging(run: TokenizerRun) -> TokenizerRun:
     )
 
 
+def of_length(run: TokenizerRun, steps: int, batch_size: int) -> TokenizerRun:
+    """A shorter or longer run: its warm-up and its average's memory keep their share of the whole."""
+    ratio = steps / run.loop.steps
+    return replace(
+        run,
+        loop=replace(run.loop, steps=steps, batch_size=batch_size, val_every=min(run.loop.val_every, steps)),
+        optim=replace(
+            run.optim,
+            warmup_steps=round(run.optim.warmup_steps * ratio),
+            ema_decay=run.optim.ema_decay ** (1 / ratio),
+        ),
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", required=True, help="labelled images to train on: a folder, a .zip, a pattern")
@@ -68,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--width", default="_d32", help="of the presets' names; '' takes g_64 (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=None, help="optimizer steps of each run (default: the presets')")
     parser.add_argument("--batch-size", type=int, default=None, help="(default: the presets')")
-    parser.add_argument("--only", default="", help="only runs whose name contains one of these words, commas between")
+    parser.add_argument("--only", default="", help="names of the runs to make, semicolons between (default: all six)")
     parser.add_argument("--limit", type=int, default=None, help="training images for probes, evenly spread")
     parser.add_argument("--epochs", type=int, default=90, help="of the linear probe (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
@@ -77,20 +91,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     train, val = training_images(options.train), evaluation_images(options.val)
     teacher = options.out / "teacher"
-    words = [word for word in options.only.split(",") if word]
-    runs = {
-        name: run
-        for name, run in variants(str(teacher), options.width).items()
-        if not words or any(word in name for word in words)
-    }
+    runs = variants(str(teacher), options.width)
+    names = [name.strip() for name in options.only.split(";") if name.strip()] or list(runs)
+    if unknown := [name for name in names if name not in runs]:
+        parser.error(f"expected names of {'; '.join(runs)} in --only, got {'; '.join(unknown)}")
+    runs = {name: run for name, run in runs.items() if name in names}
     if any(run.model.alignment.enabled for run in runs.values()) and not (teacher / "manifest.json").exists():
         mergevq.write_teacher_cache("lite0", train, teacher, size=64, device=options.device)
     rows = []
     for name, run in runs.items():
-        steps, batch = options.steps or run.loop.steps, options.batch_size or run.loop.batch_size
-        loop = replace(run.loop, steps=steps, batch_size=batch, val_every=min(run.loop.val_every, steps))
         out = options.out / "".join(c if c.isalnum() else "_" for c in name)
-        train_one(replace(run, loop=loop), out, train, val)
+        run = of_length(run, options.steps or run.loop.steps, options.batch_size or run.loop.batch_size)
+        train_one(run, out, train, val)
         rows.append({"run": name, **measure(out, train, val, options)})
         write_json(options.out / "variants.json", {"runs": rows})
         with atomic_path(options.out / "variants.md") as temporary:
