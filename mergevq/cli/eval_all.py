@@ -38,6 +38,7 @@ def eval_all(
     perceptual: Literal["lite0", "lpips", "none"] = "lite0",
     predict_source: bool = False,
     teacher: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: none)")] = None,
+    teacher_weights: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")] = None,
     size: Size = None,
     limit: Count = None,
     train_limit: Count = None,
@@ -72,6 +73,7 @@ def eval_all(
         perceptual: Network of the perceptual distance; lpips is downloaded.
         predict_source: Also decode without the source maps, with those that the model's recovery predicts.
         teacher: Another network beside the tokenizer's features: lite0, lite1, or a timm model.
+        teacher_weights: The timm model's .safetensors file, where it cannot be downloaded.
         size: Side in pixels of the images that are encoded.
         limit: Look at so many held-out images only, evenly spread.
         train_limit: Likewise of the training images.
@@ -91,6 +93,8 @@ def eval_all(
     check_packages()
     if devices < 1:
         raise ConfigError(f"expected --devices to be at least 1, got {devices}")
+    if teacher is None and teacher_weights is not None:
+        raise ConfigError("expected --teacher with --teacher-weights, got the weights alone: name the timm model")
     options: dict[str, Any] = {
         "train": train,
         "out": out,
@@ -102,6 +106,7 @@ def eval_all(
         "perceptual": None if perceptual == "none" else perceptual,
         "predict_source": predict_source,
         "teacher": teacher,
+        "teacher_weights": teacher_weights,
         "limit": limit,
         "train_limit": train_limit,
         "batch_size": batch_size,

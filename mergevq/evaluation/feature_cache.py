@@ -7,7 +7,9 @@ so features do not depend on the number of processes.
 import hashlib
 import json
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from mergevq.data.loader import evaluation_batches
 from mergevq.errors import CheckpointError, DataError, OutputExistsError
 from mergevq.evaluation.feature_sources import FeatureSource
 from mergevq.evaluation.processes import Processes
+from mergevq.evaluation.protocol import versions
 from mergevq.files import check_format, load_tensors, read_header, read_json, refuse_existing, save_tensors, write_json
 
 FORM = "features/1"
@@ -30,6 +33,9 @@ RECORD = "features.json"
 _SHARD_FORM = "feature-shard/1"
 _SHARD = re.compile(r"(train|test)-\d{5,}\.safetensors")
 _TEMPORARY = re.compile(r"\.((train|test)-\d{5,}|features)\.[0-9a-f]{8}\.tmp\.(safetensors|json)")
+
+_LEFT_OVER = 3600
+"""Seconds after which a temporary file is nobody's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +84,11 @@ class FeatureCache:
     ) -> None:
         self.folder, self.sources, self.parts = Path(folder), sources, parts
         self.size, self.batch_size, self.shard_size, self.device = size, batch_size, shard_size, device
+        # All that a source says of itself: the same weights may see images at another size.
+        facts = {f"{name} {fact}": x for name, source in sorted(sources.items()) for fact, x in source.facts().items()}
         self.settings: dict[str, Any] = {
-            **{f"{name} model": source.facts()["fingerprint"] for name, source in sorted(sources.items())},
+            **{name.replace(" fingerprint", " model"): value for name, value in facts.items()},
+            **{f"version of {name}": version for name, version in versions().items()},
             **{f"set of {part} images": images.fingerprint() for part, images in parts.items()},
             "set of kinds": sorted(arrays),
             "image size": size,
@@ -106,9 +115,7 @@ class FeatureCache:
         if record.exists():
             found = read_json(record)
             if isinstance(found, dict) and found.get("mergevq") == FORM and found.get("settings") == self.settings:
-                for path in list(self.folder.iterdir()):
-                    if _TEMPORARY.fullmatch(path.name):
-                        path.unlink()
+                self._remove_leftovers()
                 return
             if not force:
                 self._refuse(found)
@@ -116,6 +123,14 @@ class FeatureCache:
         else:
             refuse_existing(self.folder, force)
         write_json(record, {"mergevq": FORM, "settings": self.settings})
+
+    def _remove_leftovers(self) -> None:
+        """Removes what interrupted writers left; a young file may be one that another evaluation is writing."""
+        for path in list(self.folder.iterdir()):
+            if _TEMPORARY.fullmatch(path.name):
+                with suppress(FileNotFoundError):  # Its writer has just finished.
+                    if time.time() - path.stat().st_mtime > _LEFT_OVER:
+                        path.unlink()
 
     def _refuse(self, found: Any) -> None:
         check_format(found if isinstance(found, dict) else {}, FORM, self.folder / RECORD)

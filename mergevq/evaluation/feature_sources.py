@@ -122,14 +122,12 @@ class TokenizerFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Float[Tensor, "B 3 H W"]) -> dict[str, Tensor]:
-        """Runs the encoder once for each K, and once more where codes are asked for."""
+        """Runs what comes before attention once, and attention once for each K."""
+        embedded = self.tok.embed(images)
         found: dict[str, Tensor] = {}
         for count, parts in self._wanted.items():
-            rows: dict[str, Tensor] = {}
-            if parts & {"class", "mean"}:
-                rows["class"], rows["mean"] = self.tok.features(images, count, kind="class+mean").chunk(2, 1)
-            if "codes" in parts:
-                rows["codes"] = self.tok.features(images, count, kind="mean", quantized=True)
+            pooled = self.tok.pool_embedded(embedded, count)
+            rows = {"class": pooled.class_token, "mean": pooled.mean, "codes": pooled.codes}
             found |= {f"{self.source}.{count}.{part}": rows[part] for part in sorted(parts)}
         return found
 

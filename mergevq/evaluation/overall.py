@@ -15,6 +15,7 @@ from mergevq.data.folder import ImageFolder
 from mergevq.evaluation.generation import check_models, evaluate_generation
 from mergevq.evaluation.generation_pass import TokenGenerator
 from mergevq.evaluation.generation_plan import all_settings
+from mergevq.evaluation.feature_sources import TeacherFeatures
 from mergevq.evaluation.kept_parts import FEATURES, KeptParts, Part
 from mergevq.evaluation.overall_plan import (
     MOST_GENERATED,
@@ -63,6 +64,7 @@ def evaluate_all(
     predict_source: bool = False,
     probes: ProbeConfig | None = None,
     teacher: str | nn.Module | None = None,
+    teacher_weights: str | Path | None = None,
     size: int | None = None,
     limit: int | None = None,
     train_limit: int | None = None,
@@ -106,6 +108,8 @@ def evaluate_all(
         predict_source: also decode with the source map that recovery predicts.
         probes: which probes, and how; None is the default.
         teacher: another network in the table of probes, by name or as a module.
+        teacher_weights: a .safetensors file of the weights of a timm model named as teacher; None takes or downloads
+            the hub's.
         size: side in pixels of the images that are encoded; None takes the size the tokenizer was trained with.
         limit: look at so many held-out images, evenly spread; None takes all.
         train_limit: likewise of training images.
@@ -214,7 +218,7 @@ def evaluate_all(
     folder = None if out is None else Path(out)
     if "representation" in wanted and images.probes is not None:
         first, second = images.probes
-        other = None if teacher is None else load_teacher(teacher)
+        other = None if teacher is None else load_teacher(teacher, weights=teacher_weights)
         patches = (side // tok.config.downsampling) ** 2
         rows = len(choose_settings(counts, patches, KINDS, (False,), BASELINES, other is not None))
         jobs["representation"] = _Job(
@@ -223,7 +227,7 @@ def evaluate_all(
                 "training images": first.fingerprint(),
                 "test images": second.fingerprint(),
                 "probes": config_to_dict(probes),
-                "teacher": None if other is None else other.checksum(),
+                "teacher": None if other is None else TeacherFeatures(other).facts(),
             },
             len(first) + (1 + rows) * len(second),
             lambda advance: evaluate_representation(

@@ -139,9 +139,13 @@ def resize(images: Float[Tensor, "B 3 H W"], size: int) -> Float[Tensor, "B 3 si
 
 
 def weights_checksum(network: nn.Module) -> str:
-    """SHA-256 of all parameters and buffers with their names."""
+    """SHA-256 of all parameters and buffers with their names; without any, of the modules and their plain settings."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
+    weights = sorted(network.state_dict().items())
+    for name, module in network.named_modules() if not weights else ():
+        settings = {key: x for key, x in vars(module).items() if isinstance(x, int | float | str | tuple | list)}
+        digest.update(f"{name} {type(module).__qualname__} {sorted(settings.items())}\n".encode())
+    for name, tensor in weights:
         data = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {data.dtype} {tuple(data.shape)}\n".encode())
         digest.update(data.flatten().view(torch.uint8).numpy().tobytes())

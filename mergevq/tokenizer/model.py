@@ -37,6 +37,26 @@ class TokenizerOutput(NamedTuple):
     recovery_logits: Float[Tensor, "B L K"] | None
 
 
+class Embedded(NamedTuple):
+    """Images as the first attention block takes them: what is the same for every K. `MergeVQ.embed` makes it."""
+
+    tokens: Float[Tensor, "B T D"]
+    """The class token, then the L patches."""
+    source: Int[Tensor, "B L"]
+    """The map before merging: each patch is its own token."""
+    grid: tuple[int, int]
+    """Rows and columns of patches."""
+
+
+class PooledFeatures(NamedTuple):
+    """One vector an image of each kind; see `FeatureKind`."""
+
+    class_token: Float[Tensor, "B D"]
+    mean: Float[Tensor, "B D"]
+    codes: Float[Tensor, "B N"]
+    """The mean of the codes, -1 or +1, by size."""
+
+
 class MergeVQ(nn.Module):
     """A tokenizer that merges the L patches of an image into K semantic tokens of N bits.
 
@@ -95,20 +115,19 @@ class MergeVQ(nn.Module):
         )
         kept = {count: kept_tokens(self.config, grid[0] * grid[1], count) for count in sorted(set(asked_counts))}
         counts = [kept[count] for count in asked_counts]
-        images = self._to_model(images)
-        device = images.device
+        device = self.encoder.class_token.device
         index = torch.zeros(len(counts), max(counts), dtype=torch.int64, device=device)
         source = torch.zeros(len(counts), grid[0] * grid[1], dtype=torch.int64, device=device)
         with arithmetic(device, dtype):
+            x, identity = self.encoder.embed(self._to_model(images))
             for asked, count in kept.items():
                 rows = [b for b, k in enumerate(asked_counts) if k == asked]
                 # A slice where all images keep as many: indexing with a list waits for a GPU.
                 chosen = slice(None) if len(rows) == len(counts) else rows
-                index[chosen, :count], source[chosen] = self._indices(*self.encoder.embed(images[chosen]), grid, asked)
+                index[chosen, :count], source[chosen] = self._indices(x[chosen], identity[chosen], grid, asked)
         num = torch.tensor(counts, device=device)
         return MergedTokens(index, SourceMap(source, num), grid, self.config.num_bits, self.fingerprint(), num)
 
-    @torch.no_grad()
     def encode_each(
         self, images: Float[Tensor, "B 3 H W"], num_tokens: Sequence[int], dtype: torch.dtype | None = None
     ) -> tuple[MergedTokens, ...]:
@@ -122,19 +141,57 @@ class MergeVQ(nn.Module):
         Raises:
             ShapeError: images or num_tokens are not as described, or hold numbers that are not finite.
         """
+        embedded = self.embed(images, dtype)
+        counts = check_num_tokens(num_tokens, len(num_tokens), embedded.source.shape[1])
+        return tuple(self.encode_embedded(embedded, count, dtype) for count in counts)
+
+    @torch.no_grad()
+    def embed(self, images: Float[Tensor, "B 3 H W"], dtype: torch.dtype | None = None) -> Embedded:
+        """Returns what goes into the attention blocks, to encode or to pool it at several K.
+
+        Args:
+            images: as for `encode`, and so is `dtype`.
+            dtype: arithmetic of the networks.
+
+        Raises:
+            ShapeError: images are not as described, or hold numbers that are not finite.
+        """
         grid = check_images(images, self.config.downsampling)
-        counts = check_num_tokens(num_tokens, len(num_tokens), grid[0] * grid[1])
         images = self._to_model(images)
         with arithmetic(images.device, dtype):
-            embedded = self.encoder.embed(images)
-            found = [self._indices(*embedded, grid, k) for k in counts]
-        tokens = []
-        for index, source in found:
-            num = torch.full((len(index),), index.shape[1], device=index.device)
-            tokens.append(
-                MergedTokens(index, SourceMap(source, num), grid, self.config.num_bits, self.fingerprint(), num)
+            return Embedded(*self.encoder.embed(images), grid)
+
+    @torch.no_grad()
+    def encode_embedded(self, embedded: Embedded, num_tokens: int, dtype: torch.dtype | None = None) -> MergedTokens:
+        """Returns what `encode` does of the images that `embed` was given, at one K.
+
+        Raises:
+            ShapeError: K is not in 1 .. L, or the encoder's output is not finite.
+        """
+        (count,) = check_num_tokens([num_tokens], 1, embedded.source.shape[1])
+        with arithmetic(embedded.tokens.device, dtype):
+            index, source = self._indices(embedded.tokens, embedded.source, embedded.grid, count)
+        num = torch.full((len(index),), index.shape[1], device=index.device)
+        return MergedTokens(index, SourceMap(source, num), embedded.grid, self.config.num_bits, self.fingerprint(), num)
+
+    @torch.no_grad()
+    def pool_embedded(self, embedded: Embedded, num_tokens: int, dtype: torch.dtype | None = None) -> PooledFeatures:
+        """Returns `features` of the kinds class, mean and quantized mean, of the images that `embed` was given.
+
+        Raises:
+            ShapeError: K is not in 1 .. L, or the features are not finite.
+        """
+        (count,) = check_num_tokens([num_tokens], 1, embedded.source.shape[1])
+        with arithmetic(embedded.tokens.device, dtype):
+            out = self.encoder.keep(embedded.tokens, embedded.source, self._schedule(embedded.grid, count))
+            codes = self.quantizer.codes(self.encoder.to_codes(out.tokens))
+            pooled = PooledFeatures(
+                out.class_token,
+                *(choose_features("mean", out.class_token, x, out.source, embedded.grid) for x in (out.tokens, codes)),
             )
-        return tuple(tokens)
+        for features in pooled:
+            _check_finite(features, "the features")
+        return pooled
 
     @torch.no_grad()
     def decode(self, tokens: MergedTokens) -> Float[Tensor, "B 3 H W"]:

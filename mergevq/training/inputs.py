@@ -58,7 +58,11 @@ def open_inputs(
         teacher = None
     elif run.data.teacher_cache:
         cache = TeacherCache(run.data.teacher_cache)
-        cache.check_fits(train, run.model.image_size, run.loss.teacher if teacher is None else load_teacher(teacher))
+        named, weights_file = run.loss.teacher, run.loss.teacher_weights
+        if teacher is not None or weights_file:
+            # Of given weights only reading them tells whether the cached features are theirs.
+            teacher = load_teacher(named, weights=weights_file) if teacher is None else load_teacher(teacher)
+        cache.check_fits(train, run.model.image_size, named if teacher is None else teacher)
         teacher = None
     elif teacher is None:
         teacher = load_teacher(run.loss.teacher, weights=run.loss.teacher_weights or None)

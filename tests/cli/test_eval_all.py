@@ -98,6 +98,8 @@ BAD = {
     "generator of another": (f"{VERB} --generator emoji_64", "expected a tokenizer of grid 16x16 and 12 bits"),
     "limit": (f"{VERB} --limit 0", "at least 1 image, got 0"),
     "no devices": (f"{VERB} --devices 0", "--devices to be at least 1"),
+    "weights of nobody": (f"{VERB} --teacher-weights w.safetensors", "--teacher with --teacher-weights"),
+    "weights of a package": (f"{VERB} --teacher lite0 --teacher-weights w.safetensors", "name of a timm model"),
     "teacher": (f"{VERB} --size 48 --teacher lite00", "lite00"),
 }
 

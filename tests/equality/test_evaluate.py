@@ -47,7 +47,10 @@ def _pixels(folder: Path) -> np.ndarray:
 def test_psnr_bits_and_codebook_agree_with_the_written_files(
     tiny_tokenizer: MergeVQ, folder: Path, tmp_path: Path
 ) -> None:
-    report = evaluate_reconstruction(tiny_tokenizer, folder, (20, 64), network=None)
+    ran: list[int] = []
+    with tiny_tokenizer.encoder.stem.register_forward_hook(lambda _, images, __: ran.append(len(images[0]))):
+        report = evaluate_reconstruction(tiny_tokenizer, folder, (20, 64), network=None)
+    assert sum(ran) == len(list(folder.iterdir())), "what comes before attention runs once for all K"
     assert [row.num_tokens for row in report.rows] == [64, 20]
     images = read_images(folder, 32)
     for row in report.rows:

@@ -1,6 +1,7 @@
 """An evaluation of representation measures what its parts do on features that are computed one call at a time."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mergevq.evaluation.representation import evaluate_representation
 from mergevq.evaluation.representation_data import probe_images
 from mergevq.evaluation.representation_result import RepresentationReport, RepresentationRow
 from mergevq.layers.pretrained import weights_checksum
+from mergevq.layers.teachers import load_teacher
 from mergevq.metrics.few_shot import few_shot
 from mergevq.metrics.knn import knn_classify
 from mergevq.metrics.linear_probe import fit_linear_probe
@@ -178,16 +180,22 @@ def test_an_interrupted_run_goes_on_with_what_is_there(
     assert kept == ["train-00000.safetensors", "train-00001.safetensors", "train-00002.safetensors"]
     times = {name: (broken / name).stat().st_mtime_ns for name in kept}
     (broken / "train-00001.safetensors").write_bytes(b"damaged")
-    (broken / ".test-00000.0123abcd.tmp.safetensors").write_bytes(b"half")
+    left, alive = (broken / f".test-00000.{number}.tmp.safetensors" for number in ("0123abcd", "4567cdef"))
+    for path in (left, alive):
+        path.write_bytes(b"half")
+    os.utime(left, (1, 1))
     seen: list[int] = []
     assert without_times(run(tiny_tokenizer, photos, cache=broken, on_images=seen.append)) == expected
     assert sum(seen) == 27 + 12 + 2 * 12
+    # One that is an hour old is nobody's; another evaluation may be writing the other one.
+    assert not left.exists() and alive.exists()
+    alive.unlink()
     assert {path.name: path.read_bytes() for path in broken.iterdir()} == {
         path.name: path.read_bytes() for path in whole.iterdir()
     }
     assert (broken / kept[0]).stat().st_mtime_ns == times[kept[0]]
     # Now nothing is left to compute: other probes read what is there.
-    monkeypatch.setattr(MergeVQ, "features", None)
+    monkeypatch.setattr(MergeVQ, "embed", None)
     other = run(tiny_tokenizer, photos, cache=broken, probes=ProbeConfig(probes=("few-shot",), shots=(2,)))
     assert other.rows[0].knn is other.rows[0].linear is None and other.rows[0].few_shot is not None
     assert other.rows[0].few_shot[0].shots == 2 and "2-shot" in str(other)
@@ -233,6 +241,33 @@ def test_features_of_another_tokenizer_or_of_nobody_are_refused(
     (tmp_path / "f" / "features.json").write_text('{"mergevq": "features/2"}')
     with pytest.raises(CheckpointError, match="expected format features/1, got features/2"):
         run(tiny_tokenizer, photos, cache=tmp_path / "f")
+
+
+def test_features_of_a_teacher_that_sees_other_images_or_of_another_version_are_refused(
+    photos: Path, tiny_tokenizer: MergeVQ, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seeing(size: int) -> dict[str, Any]:
+        return {"teacher": load_teacher(Teacher(), size=size), "cache": tmp_path / "sized"}
+
+    run(tiny_tokenizer, photos, **seeing(16))
+    with pytest.raises(OutputExistsError, match="another teacher preprocessing"):
+        run(tiny_tokenizer, photos, **seeing(8))
+    # Without weights the settings of its modules tell one from another.
+    pools = [nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten()) for side in (1, 2)]
+    run(tiny_tokenizer, photos, teacher=pools[0], cache=tmp_path / "pools")
+    with pytest.raises(OutputExistsError, match="another teacher model"):
+        run(tiny_tokenizer, photos, teacher=pools[1], cache=tmp_path / "pools")
+    run(tiny_tokenizer, photos, cache=tmp_path / "plain")
+    monkeypatch.setattr("mergevq.evaluation.feature_cache.versions", lambda: {"torch": "1.0"})
+    with pytest.raises(OutputExistsError, match=r"another version of torch, .* instead of 1\.0"):
+        run(tiny_tokenizer, photos, cache=tmp_path / "plain")
+
+
+def test_what_comes_before_attention_runs_once_for_all_k(photos: Path, tiny_tokenizer: MergeVQ) -> None:
+    ran: list[int] = []
+    with tiny_tokenizer.encoder.stem.register_forward_hook(lambda _, images, __: ran.append(len(images[0]))):
+        run(tiny_tokenizer, photos, num_tokens=(64, 20, 5), quantized=(False, True))
+    assert sum(ran) == 27 + 12
 
 
 def test_training_images_as_test_images_are_found_and_it_is_said(photos: Path, tiny_tokenizer: MergeVQ) -> None:

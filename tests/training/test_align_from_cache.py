@@ -1,5 +1,6 @@
 """Training that aligns with cached features of the teacher: the same losses, and no teacher."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -14,6 +15,7 @@ from torch import nn
 from mergevq.data.sources import training_and_validation
 from mergevq.data.teacher_cache import TeacherCache, write_teacher_cache
 from mergevq.errors import ConfigError, DataError, TokenFileError
+from mergevq.layers.teachers import load_teacher
 from mergevq.training.config import TokenizerRun
 from mergevq.training.inputs import open_inputs, stream
 from mergevq.training.state import build_state
@@ -86,7 +88,7 @@ def test_a_run_needs_no_teacher_and_goes_on_with_the_same_cache_alone(run, perce
             train_tokenizer(again, out, resume=True, perceptual=perceptual, teacher=other if not folder else None)
 
 
-def test_features_that_do_not_fit_the_run_are_refused(run, perceptual, tmp_path):
+def test_features_that_do_not_fit_the_run_are_refused(run, perceptual, teacher, tmp_path, monkeypatch):
     for parts, error, match in (
         ({"loss": {"teacher": "lite0"}}, ConfigError, "features of teacher lite0 .*got those of Teacher"),
         ({"data": {"val_fraction": 0.5}}, DataError, r"--split and --val-fraction"),
@@ -101,6 +103,23 @@ def test_features_that_do_not_fit_the_run_are_refused(run, perceptual, tmp_path)
         with pytest.raises(error, match=match) as caught:
             open_inputs(changed(run, **parts), None, None, perceptual, None, 1)
         assert "\n" not in str(caught.value)
+    # The file of weights is read, as its name tells nothing about the features.
+    loaded = []
+
+    def load(name, weights=None):
+        if not isinstance(name, str):
+            return load_teacher(name)
+        loaded.append((name, weights))
+        return load_teacher(changed_weights)
+
+    changed_weights = copy.deepcopy(teacher)
+    monkeypatch.setattr("mergevq.training.inputs.load_teacher", load)
+    given = changed(run, loss={"teacher_weights": "other.safetensors"})
+    assert open_inputs(given, None, None, perceptual, None, 1).teacher_cache is not None
+    next(changed_weights.parameters()).data.add_(1)
+    with pytest.raises(ConfigError, match="with the weights and the preprocessing that were given"):
+        open_inputs(given, None, None, perceptual, None, 1)
+    assert loaded == [("Teacher", "other.safetensors")] * 2
     # Where nothing is aligned, nothing is opened.
     off = changed(run, loss={"weights": replace(run.loss.weights, alignment=0.0)}, data={"teacher_cache": "nowhere"})
     assert open_inputs(off, None, None, perceptual, None, 1).teacher_cache is None

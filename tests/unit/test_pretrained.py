@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mergevq.errors import CheckpointError, ConfigError, MissingDependencyError
-from mergevq.layers.pretrained import EfficientNetLite, Frozen, resize
+from mergevq.layers.pretrained import EfficientNetLite, Frozen, resize, weights_checksum
 from mergevq.losses.perceptual import Lpips, PerceptualLoss, build_perceptual
 
 
@@ -56,6 +56,17 @@ def test_frozen_stays_in_eval_mode_and_has_no_gradients():
     assert parent[1].training
     assert not any(module.training for module in parent[0].modules())
     assert not any(p.requires_grad for p in parent[0].parameters())
+
+
+def test_checksum_is_of_the_weights_or_where_there_are_none_of_the_settings():
+    assert weights_checksum(nn.AvgPool2d(2)) == weights_checksum(nn.AvgPool2d(2)) != weights_checksum(nn.AvgPool2d(3))
+    assert weights_checksum(nn.AvgPool2d(2)) != weights_checksum(nn.MaxPool2d(2))
+    layers = [nn.Conv2d(1, 1, 3, stride=stride) for stride in (1, 2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    assert weights_checksum(layers[0]) == weights_checksum(layers[1])
+    with torch.no_grad():
+        layers[1].bias.add_(1)
+    assert weights_checksum(layers[0]) != weights_checksum(layers[1])
 
 
 def test_folded_network_computes_what_the_package_does(lite0):

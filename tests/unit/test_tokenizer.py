@@ -69,9 +69,29 @@ def test_several_k_at_once_equal_each_alone(tiny_tokenizer: MergeVQ, images: tor
             tiny_tokenizer.encode_each(images, wrong)
 
 
+def test_pooled_at_several_k_equals_features_of_each_kind(tiny_tokenizer: MergeVQ, images: torch.Tensor) -> None:
+    embedded = tiny_tokenizer.embed(images)
+    for k in (64, 20, 1):
+        pooled = tiny_tokenizer.pool_embedded(embedded, k)
+        assert torch.equal(pooled.class_token, tiny_tokenizer.features(images, k))
+        assert torch.equal(pooled.mean, tiny_tokenizer.features(images, k, kind="mean"))
+        assert torch.equal(pooled.codes, tiny_tokenizer.features(images, k, kind="mean", quantized=True))
+    for call in (tiny_tokenizer.pool_embedded, tiny_tokenizer.encode_embedded):
+        with pytest.raises(ShapeError, match=r"integer in 1\.\.64"):
+            call(embedded, 65)
+    with pytest.raises(ShapeError, match="finite"):
+        tiny_tokenizer.embed(images * float("nan"))
+    damaged = embedded._replace(tokens=embedded.tokens.clone().fill_(float("nan")))
+    with pytest.raises(ShapeError, match="expected finite numbers in the features"):
+        tiny_tokenizer.pool_embedded(damaged, 20)
+
+
 def test_one_k_per_image_equals_each_image_alone(tiny_tokenizer: MergeVQ, images: torch.Tensor) -> None:
     counts = [20, 5, 20]
-    together = tiny_tokenizer.encode(images, counts)
+    ran: list[int] = []
+    with tiny_tokenizer.encoder.stem.register_forward_hook(lambda *_: ran.append(1)):
+        together = tiny_tokenizer.encode(images, counts)
+    assert len(ran) == 1
     assert together.num_tokens.tolist() == counts
     decoded = tiny_tokenizer.decode(together)
     for i, k in enumerate(counts):
