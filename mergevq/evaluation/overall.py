@@ -12,10 +12,10 @@ from torch import nn
 
 from mergevq.configuration import check_seed, config_to_dict
 from mergevq.data.folder import ImageFolder
+from mergevq.evaluation.feature_sources import TeacherFeatures
 from mergevq.evaluation.generation import check_models, evaluate_generation
 from mergevq.evaluation.generation_pass import TokenGenerator
 from mergevq.evaluation.generation_plan import all_settings
-from mergevq.evaluation.feature_sources import TeacherFeatures
 from mergevq.evaluation.kept_parts import FEATURES, KeptParts, Part
 from mergevq.evaluation.overall_plan import (
     MOST_GENERATED,
