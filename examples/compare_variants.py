@@ -1,10 +1,11 @@
-"""Does merging help representation, does alignment cost reconstruction? Trains six small tokenizers and compares them.
+"""Does merging help representation, does alignment cost reconstruction? Trains small tokenizers and compares them.
 
     python examples/compare_variants.py --train "train-*.zip" --val val.zip --out variants
 
-G+R with alignment on and off, with merging and without (K = L all the time), then G and R, all for the same number of
-images, with the preset's seed. Every training and measurement is resumable: start the command again after an
-interruption; what is finished is read, not repeated. Writes variants.json and variants.md.
+G+R with alignment on and off, with merging and without (K = L all the time), then G and R, and G+R at one K all the
+time, all for the same number of images, with the preset's seed. Every training and measurement is resumable: start the
+command again after an interruption; what is finished is read, not repeated. Writes variants.json, variants.md and
+curves.png.
 """
 
 import argparse
@@ -27,7 +28,7 @@ KINDS = ("class", "mean", "class+mean")
 
 
 def variants(teacher_cache: str, width: str) -> dict[str, TokenizerRun]:
-    """The six runs by name; all else is the presets'."""
+    """The runs by name; all else is the presets'."""
     g, both, r = (mergevq.presets.tokenizer(f"{name}_64{width}") for name in ("g", "gr", "r"))
     found = {
         "G+R": both,
@@ -36,6 +37,7 @@ def variants(teacher_cache: str, width: str) -> dict[str, TokenizerRun]:
         "G+R, neither": without_merging(without_alignment(both)),
         "G": g,
         "R": r,
+        "G+R, one K": at_one_k(both),
     }
     return {
         name: replace(run, data=replace(run.data, teacher_cache=teacher_cache)) if run.model.alignment.enabled else run
@@ -61,6 +63,11 @@ def without_merging(run: TokenizerRun) -> TokenizerRun:
     )
 
 
+def at_one_k(run: TokenizerRun) -> TokenizerRun:
+    """Always the K that the model is named for, instead of any of several."""
+    return replace(run, loop=replace(run.loop, num_tokens=(run.model.num_tokens,), num_tokens_probs=()))
+
+
 def of_length(run: TokenizerRun, steps: int, batch_size: int) -> TokenizerRun:
     """A shorter or longer run: its warm-up and its average's memory keep their share of the whole."""
     ratio = steps / run.loop.steps
@@ -82,8 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--width", default="_d32", help="of the presets' names; '' takes g_64 (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=None, help="optimizer steps of each run (default: the presets')")
     parser.add_argument("--batch-size", type=int, default=None, help="(default: the presets')")
-    parser.add_argument("--only", default="", help="names of the runs to make, semicolons between (default: all six)")
+    parser.add_argument("--only", default="", help="names of the runs to make, semicolons between (default: all)")
     parser.add_argument("--limit", type=int, default=None, help="training images for probes, evenly spread")
+    parser.add_argument("--images", type=int, default=None, help="held-out images to reconstruct, evenly spread")
     parser.add_argument("--epochs", type=int, default=90, help="of the linear probe (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("variants"), help="folder of runs and results")
@@ -91,11 +99,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     train, val = training_images(options.train), evaluation_images(options.val)
     teacher = options.out / "teacher"
-    runs = variants(str(teacher), options.width)
-    names = [name.strip() for name in options.only.split(";") if name.strip()] or list(runs)
-    if unknown := [name for name in names if name not in runs]:
-        parser.error(f"expected names of {'; '.join(runs)} in --only, got {'; '.join(unknown)}")
-    runs = {name: run for name, run in runs.items() if name in names}
+    known = variants(str(teacher), options.width)
+    names = [name.strip() for name in options.only.split(";") if name.strip()] or list(known)
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"expected names of {'; '.join(known)} in --only, got {'; '.join(unknown)}")
+    runs = {name: run for name, run in known.items() if name in names}
     if any(run.model.alignment.enabled for run in runs.values()) and not (teacher / "manifest.json").exists():
         mergevq.write_teacher_cache("lite0", train, teacher, size=64, device=options.device)
     rows = []
@@ -103,11 +111,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         out = options.out / "".join(c if c.isalnum() else "_" for c in name)
         run = of_length(run, options.steps or run.loop.steps, options.batch_size or run.loop.batch_size)
         train_one(run, out, train, val)
-        rows.append({"run": name, **measure(out, train, val, options)})
+        rows.append({"run": name, **measure(out, train, val, baselines(known)[name], options)})
         write_json(options.out / "variants.json", {"runs": rows})
         with atomic_path(options.out / "variants.md") as temporary:
             temporary.write_text(table(rows))
+        draw_curves({row["run"]: row["log"] for row in rows}, options.out / "curves.png")
     print(table(rows))
+
+
+def baselines(runs: dict[str, TokenizerRun]) -> dict[str, tuple[str, ...]]:
+    """What each run is compared with: pixels and the teacher once, random weights once for each encoder."""
+    encoders = [run.model.encoder for run in runs.values()]
+    return {
+        name: (*(() if i else ("pixels", "teacher")), *(("random",) if encoders.index(encoders[i]) == i else ()))
+        for i, name in enumerate(runs)
+    }
 
 
 def train_one(run: TokenizerRun, out: Path, train: Any, val: Any) -> None:
@@ -123,7 +141,7 @@ def finished(out: Path, steps: int) -> bool:
     )
 
 
-def measure(out: Path, train: Any, val: Any, options: argparse.Namespace) -> dict[str, Any]:
+def measure(out: Path, train: Any, val: Any, others: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
     """Reconstruction and representation at three K: all patches, nine sixteenths, a quarter."""
     file = out / "measured.json"
     tok = mergevq.MergeVQ.from_pretrained(out, device=options.device)
@@ -131,7 +149,9 @@ def measure(out: Path, train: Any, val: Any, options: argparse.Namespace) -> dic
         "tokenizer": tok.fingerprint(),
         "decoder": weights_checksum(tok.decoder),
         "limit": options.limit,
+        "images": options.images,
         "epochs": options.epochs,
+        "baselines": list(others),
     }
     if file.exists():
         found: dict[str, Any] = json.loads(file.read_text())
@@ -139,23 +159,24 @@ def measure(out: Path, train: Any, val: Any, options: argparse.Namespace) -> dic
             return found
     patches = tok.config.num_patches
     counts = (patches, patches * 9 // 16, patches // 4)
-    report = mergevq.evaluate_reconstruction(tok, val, counts)
+    report = mergevq.evaluate_reconstruction(tok, val, counts, limit=options.images)
     features = mergevq.evaluate_representation(
         tok,
         train,
         val,
         num_tokens=counts,
         kinds=KINDS,
+        baselines=[name for name in others if name != "teacher"],
+        teacher="lite0" if "teacher" in others else None,
         probes=ProbeConfig(probes=("knn", "linear"), linear=LinearConfig(epochs=options.epochs)),
         train_limit=options.limit,
         cache=out / "features",
         force=True,  # Those of an earlier state of the run are of no use.
     )
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    rates = sorted(record["images_per_second"] for record in log if record["kind"] == "train")
     found = {
         "measured": wanted,
-        "images_per_second": rates[len(rates) // 2],
+        "log": log,
         "minutes": max(record["elapsed"] for record in log if record["kind"] == "train") / 60,
         "reconstruction": report.to_json(),
         "representation": features.to_json(),
@@ -167,7 +188,7 @@ def measure(out: Path, train: Any, val: Any, options: argparse.Namespace) -> dic
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The comparison in Markdown: a row for each run and K, then the baselines."""
     probed = [f"{kind} k-NN, linear %" for kind in KINDS]
-    heads = ["run", "K", "PSNR dB", "FD", "KD", "distinct", *probed, "images/s"]
+    heads = ["run", "K", "PSNR dB", "FD", "KD", "distinct", *probed, "encode/s", "decode/s"]
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for row in rows:
         probes = row["representation"]["rows"]
@@ -175,12 +196,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             k = found["num_tokens"]
             scores = [score(probe) for kind in KINDS for probe in probes if of(probe, kind, k)]
             numbers = [f"{found['psnr']['mean']:.2f}", *(short(found[name]) for name in ("frechet", "kernel"))]
-            numbers += [f"{found['distinct_tokens']:.1f}", *scores, f"{row['images_per_second']:.1f}"]
+            speeds = [f"{found[name]:.0f}" for name in ("encode_per_second", "decode_per_second")]
+            numbers += [f"{found['distinct_tokens']:.1f}", *scores, *speeds]
             lines.append(f"| {row['run']} | {k} | {' | '.join(numbers)} |")
     for row in rows:
-        others = [probe for probe in row["representation"]["rows"] if not mine(probe)]
-        lines += ["", f"{row['run']}, baselines: " + "; ".join(f"{probe['name']} {score(probe)}" for probe in others)]
-    lines.append("")
+        others = [f"{probe['name']} {score(probe)}" for probe in row["representation"]["rows"] if not mine(probe)]
+        lines += ["", f"{row['run']}, baselines: {'; '.join(others)}"] if others else []
+    lines += ["", *(f"{row['run']}: trained in {row['minutes']:.0f} minutes" for row in rows), ""]
     return "\n".join(lines)
 
 
@@ -198,6 +220,31 @@ def score(probe: dict[str, Any]) -> str:
 
 def short(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
+
+
+def draw_curves(logs: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
+    """PSNR of held-out images at each K, their perceptual distance at the largest, and the alignment loss, by step."""
+    from matplotlib.figure import Figure
+
+    counts = sorted({record["num_tokens"] for log in logs.values() for record in log if record["kind"] == "val"})
+    charts = [("psnr", k, f"PSNR, dB, K = {k}") for k in reversed(counts)]
+    charts += [("perceptual", counts[-1], f"perceptual distance, K = {counts[-1]}"), ("alignment", None, "alignment")]
+    columns = min(3, len(charts))
+    lines = -(-len(charts) // columns)
+    figure = Figure(figsize=(4 * columns, 3 * lines), layout="constrained")
+    for axes, (value, k, title) in zip(figure.subplots(lines, columns, squeeze=False).flat, charts, strict=False):
+        for name, log in logs.items():
+            found = [r for r in log if r["kind"] == "val" and value in r and (k is None or r["num_tokens"] == k)]
+            if k is None:  # One line a run: at its largest K.
+                found = [r for r in found if r["num_tokens"] == max(r["num_tokens"] for r in found)]
+            if found:
+                axes.plot([r["step"] for r in found], [r[value] for r in found], "o-", markersize=3, label=name)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(labelsize=8)
+    figure.axes[0].legend(fontsize=7, frameon=False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
 
 
 if __name__ == "__main__":

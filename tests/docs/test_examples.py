@@ -136,17 +136,23 @@ def test_compare_variants_trains_each_once_and_measures_it(tmp_path: Path, capsy
         for i, image in enumerate(noise):
             mergevq.write_images(tmp_path / part / "ab"[i % 2], image[None], [f"{i}.png"], force=True)
     words = ("--train", tmp_path / "train", "--val", tmp_path / "val", "--steps", 2, "--batch-size", 2, "--epochs", 5)
-    words = (*words, "--only", "neither,no merging", "--out", tmp_path / "out", "--device", "cpu")
+    words = (*words, "--only", "G+R; G+R, neither", "--images", 5, "--out", tmp_path / "out", "--device", "cpu")
     run_example("compare_variants.py", *words)
     first = capsys.readouterr().out
     rows = json.loads((tmp_path / "out" / "variants.json").read_text())["runs"]
-    assert [row["run"] for row in rows] == ["G+R, no merging", "G+R, neither"]
-    logs = [(tmp_path / "out" / name / "log.jsonl").read_text() for name in ("G_R__no_merging", "G_R__neither")]
+    assert [row["run"] for row in rows] == ["G+R", "G+R, neither"]
+    logs = [(tmp_path / "out" / name / "log.jsonl").read_text() for name in ("G_R", "G_R__neither")]
     assert ["alignment" in log for log in logs] == [True, False]
     assert [line.split(" | ")[1] for line in (tmp_path / "out" / "variants.md").read_text().splitlines()[2:5]] == [
         "64", "36", "16",
     ]  # fmt: skip
-    assert "random weights, class token" in first
+    assert first.count("random weights, class token, K = 64") == first.count("teacher lite0") == 1
+    assert [row["reconstruction"]["protocol"]["images"] for row in rows] == [5, 5]
+    warmup, ema = (json.loads((tmp_path / "out" / "G_R__neither" / "run.json").read_text())["config"]["optim"][name]
+                   for name in ("warmup_steps", "ema_decay"))  # fmt: skip
+    assert (warmup, round(ema, 3)) == (0, 0.082)  # Of 2,500 steps 200, and a memory of 500.
+    with Image.open(tmp_path / "out" / "curves.png") as curves:
+        assert curves.width > 800
     run_example("compare_variants.py", *words)  # All is finished: it is read.
     assert capsys.readouterr().out.splitlines()[-6:] == first.splitlines()[-6:]
     run_example("compare_variants.py", *words, "--epochs", 6)  # Measured otherwise: it is measured again.
