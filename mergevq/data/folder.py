@@ -9,7 +9,7 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -135,6 +135,23 @@ class ImageFolder(Dataset[Sample]):
             size = entry.file.stat().st_size if entry.member is None else sizes[entry.file, entry.member]
             digest.update(json.dumps([entry.name, label, size]).encode())
         return digest.hexdigest()
+
+    def shared_with(self, other: "ImageFolder") -> int:
+        """Returns how many of these images are images of another data set too: the same file, or the same member of the
+        same archive. Links are followed; a copy is another image. Reads no image.
+
+        Args:
+            other: may have another root, or be a part of the same one.
+        """
+        theirs = set(other._places())
+        return sum(place in theirs for place in self._places())
+
+    def _places(self) -> Iterator[tuple[str, str | None]]:
+        """Gives the real path of each image's file, and its name within an archive."""
+        folders = {folder: os.path.realpath(folder) for folder in {entry.file.parent for entry in self._entries}}
+        for entry in self._entries:
+            path = os.path.join(folders[entry.file.parent], entry.file.name)
+            yield os.path.realpath(path) if os.path.islink(path) else path, entry.member
 
     def split(self, fraction: float) -> tuple["ImageFolder", "ImageFolder"]:
         """Divides the images in two, the second with about `fraction` of them, at least one.

@@ -2,6 +2,7 @@
 
 from mergevq.evaluation.generation_result import GenerationReport
 from mergevq.evaluation.overall_summary import baselines, format_number, probe_score
+from mergevq.evaluation.representation_notes import shared_note
 from mergevq.evaluation.representation_result import RepresentationReport
 from mergevq.evaluation.result import ReconstructionReport
 from mergevq.evaluation.sanity_result import SanityReport
@@ -57,7 +58,9 @@ def representation_note(report: RepresentationReport) -> str | None:
             note += ": clearly above"
         else:
             note += f": not clearly above {' or '.join(title for title, _ in simple if title not in beaten)}"
-    return note + "."
+    shared, test = report.protocol.get("shared_images", 0), report.protocol["test"]
+    told = f" {shared_note(shared, test['images'] + test['images_unreadable'])}" if shared else ""
+    return f"{note}.{told}"
 
 
 def missing_notes(missing: dict[str, str]) -> list[str]:

@@ -29,6 +29,7 @@ from mergevq.evaluation.representation_plan import (
     division,
     probe_facts,
     row_name,
+    shared_images,
 )
 from mergevq.evaluation.representation_probe import choose_ks, choose_shots, probe_row, read_row
 from mergevq.evaluation.representation_result import RepresentationReport
@@ -162,10 +163,12 @@ def evaluate_representation(
         world = processes.world_size
     found = [read_row(shares[number % world][number // world]) for number in range(len(settings))]
     counted = torch.bincount(torch.tensor(labels["train"]), minlength=len(first.classes))
+    shared = shared_images(first, second)
     protocol = {
         "train": data_facts(train, first, lost["train"]),
         "test": data_facts(train if test is None else test, second, lost["test"]),
-        "train_and_test": division(first, second),
+        "train_and_test": division(first, second, shared),
+        "shared_images": shared,
         "image_size": side,
         "preparation": PREPARATION,
         "rounding": "images are bytes; features are not rounded",

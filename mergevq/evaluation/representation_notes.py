@@ -42,8 +42,8 @@ def representation_notes(report: RepresentationReport) -> tuple[str, ...]:
         notes.append(f"pixels: images averaged down to {side} x {side}, as one vector.")
     if "teacher" in sources:
         notes.append(f"teacher {protocol['encoders']['teacher']['name']}: another network under the same protocol.")
-    if train["fingerprint"] == test["fingerprint"]:
-        notes.append("The test images are the training images: these numbers say nothing about new images.")
+    if protocol["shared_images"]:
+        notes.append(shared_note(protocol["shared_images"], test["images"] + test["images_unreadable"]))
     if protocol["train_and_test"] == "divided within one folder":
         notes.append(
             "Training and test images were divided within one folder. A tokenizer "
@@ -53,6 +53,21 @@ def representation_notes(report: RepresentationReport) -> tuple[str, ...]:
         if part["images_unreadable"]:
             notes.append(f"{part['images_unreadable']} {what} images could not be read and were left out.")
     return tuple(notes)
+
+
+def shared_note(shared: int, images: int) -> str:
+    """Returns what it means that test images are training images too.
+
+    Args:
+        shared: how many are, at least 1.
+        images: of so many test images.
+    """
+    if shared == images:
+        return "The test images are the training images: these numbers say nothing about new images."
+    return (
+        f"{shared:,} of the {images:,} test images are training images too, so these numbers are too good: give other "
+        "images to test on."
+    )
 
 
 def _chosen(rows: Sequence[RepresentationRow]) -> str:

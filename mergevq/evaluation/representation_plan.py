@@ -154,8 +154,21 @@ def data_facts(data: Any, images: ImageFolder, unreadable: int) -> dict[str, Any
     }
 
 
-def division(train: ImageFolder, test: ImageFolder) -> str:
-    """Returns how training and test images are apart: "divided within one folder", or "separate"."""
+def shared_images(train: ImageFolder, test: ImageFolder) -> int:
+    """Returns how many test images are training images too; all of them also where one set is a copy of the other."""
+    return len(test) if train.fingerprint() == test.fingerprint() else test.shared_with(train)
+
+
+def division(train: ImageFolder, test: ImageFolder, shared: int) -> str:
+    """Returns how training and test images are apart: "overlapping", "divided within one folder", or "separate".
+
+    Args:
+        train: the training images.
+        test: the test images.
+        shared: how many of these are training images too.
+    """
+    if shared:
+        return "overlapping"
     return "divided within one folder" if train.root == test.root and not train.parts else "separate"
 
 

@@ -137,6 +137,7 @@ def compare(row: RepresentationRow, train: Tensor, labels: Tensor, test: Tensor,
 
 
 QUICK = ProbeConfig(probes=("knn",), ks=(1, 3))
+KNN = ProbeConfig(probes=("knn",), ks=(1,))
 
 
 def run(tok: MergeVQ, data: Any, **options: Any) -> RepresentationReport:
@@ -276,6 +277,20 @@ def test_training_images_as_test_images_are_found_and_it_is_said(photos: Path, t
     assert [row.name for row in report.rows] == ["mean of tokens, K = 20", "pixels, 4 x 4"]
     assert all(row.knn is not None and row.knn.score.top1 == 1.0 for row in report.rows)
     assert any("say nothing about new images" in note for note in report.notes)
+    assert (report.protocol["shared_images"], report.protocol["train_and_test"]) == (27, "overlapping")
+
+
+def test_test_images_among_the_training_images_are_counted(photos: Path, tiny_tokenizer: MergeVQ) -> None:
+    report = run(tiny_tokenizer, photos / "train", test=photos / "train", test_limit=9, probes=KNN)
+    assert (report.protocol["shared_images"], report.protocol["train_and_test"]) == (9, "overlapping")
+    assert any("The test images are the training images" in note for note in report.notes)
+    # Every third image, and 12 spread over the same 27: 0, 6, 9, 15, 18 and 24 are in both.
+    some = run(tiny_tokenizer, photos / "train", test=photos / "train", train_limit=9, test_limit=12, probes=KNN)
+    assert some.protocol["shared_images"] == 6 and some.protocol["train_and_test"] == "overlapping"
+    assert any("6 of the 12 test images are training images too" in note for note in some.notes)
+    apart = run(tiny_tokenizer, photos, probes=KNN)
+    assert (apart.protocol["shared_images"], apart.protocol["train_and_test"]) == (0, "separate")
+    assert not any("training images too" in note for note in apart.notes)
 
 
 def test_the_row_that_is_shown_is_chosen_by_held_out_images(photos: Path, tiny_tokenizer: MergeVQ) -> None:

@@ -111,6 +111,23 @@ def test_split_is_disjoint_whole_and_stable(tmp_path: Path) -> None:
     assert val[3].label == int(val.name(3)[1])
 
 
+def test_shared_images_are_those_of_the_same_file(tmp_path: Path) -> None:
+    files = ["train/a/1.png", "train/b/1.png", "val/a/1.png"]
+    whole = ImageFolder(fill(tmp_path / "x", files))
+    train, val = whole.part("train"), whole.part("val")
+    assert (train.shared_with(whole), whole.shared_with(train), train.shared_with(val)) == (2, 2, 0)
+    # The names differ, the files do not; nor do they behind links, of folders and of files.
+    assert ImageFolder(tmp_path / "x" / "train").shared_with(train) == 2
+    (tmp_path / "link").symlink_to(tmp_path / "x")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "one.png").symlink_to(tmp_path / "x" / "val" / "a" / "1.png")
+    assert ImageFolder(tmp_path / "link").shared_with(whole) == 3
+    assert ImageFolder(tmp_path / "links").shared_with(whole) == 1
+    assert ImageFolder(fill(tmp_path / "copy", files)).shared_with(whole) == 0
+    packed = ImageFolder(archive(tmp_path / "x.zip", tmp_path / "x"))
+    assert packed.shared_with(packed.part("train")) == 2 and packed.shared_with(whole) == 0
+
+
 def test_split_leaves_an_image_on_either_side(tmp_path: Path) -> None:
     data = ImageFolder(fill(tmp_path, ["a.png", "b.png"]))
     for fraction in (0.001, 0.999):

@@ -62,6 +62,7 @@ def _report(classes: int = 9, **changes: Any) -> RepresentationReport:
             "train": data,
             "test": {**data, "images": 40, "fingerprint": "b"},
             "train_and_test": "separate",
+            "shared_images": 0,
             "num_patches": 64,
             "held_out": 0.1,
             "encoders": {"pixels": {"side": 4}},
