@@ -148,10 +148,10 @@ class ImageFolder(Dataset[Sample]):
 
     def _places(self) -> Iterator[tuple[str, str | None]]:
         """Gives the real path of each image's file, and its name within an archive."""
-        folders = {folder: os.path.realpath(folder) for folder in {entry.file.parent for entry in self._entries}}
+        folders = {folder: folder.resolve() for folder in {entry.file.parent for entry in self._entries}}
         for entry in self._entries:
-            path = os.path.join(folders[entry.file.parent], entry.file.name)
-            yield os.path.realpath(path) if os.path.islink(path) else path, entry.member
+            path = folders[entry.file.parent] / entry.file.name
+            yield str(path.resolve() if path.is_symlink() else path), entry.member
 
     def split(self, fraction: float) -> tuple["ImageFolder", "ImageFolder"]:
         """Divides the images in two, the second with about `fraction` of them, at least one.

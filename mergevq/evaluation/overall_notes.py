@@ -1,11 +1,13 @@
 """An evaluation in a few sentences: what its numbers say, and what was left out."""
 
 from mergevq.evaluation.generation_result import GenerationReport
-from mergevq.evaluation.overall_summary import baselines, format_number, probe_score
+from mergevq.evaluation.overall_summary import format_number, probe_score
 from mergevq.evaluation.representation_notes import shared_note
-from mergevq.evaluation.representation_result import RepresentationReport
+from mergevq.evaluation.representation_pairs import baselines
+from mergevq.evaluation.representation_result import Probe, RepresentationReport
 from mergevq.evaluation.result import ReconstructionReport
 from mergevq.evaluation.sanity_result import SanityReport
+from mergevq.metrics.paired import is_better
 
 
 def reconstruction_note(report: ReconstructionReport, sanity: SanityReport | None) -> str:
@@ -38,9 +40,9 @@ def generation_note(report: GenerationReport) -> str | None:
 
 def representation_note(report: RepresentationReport) -> str | None:
     """Returns whether features beat pixels and random weights beyond chance; None without k-NN and linear probe."""
-    row = report.rows[report.chosen]
-    probe = "linear" if row.linear is not None else "knn"
-    score = probe_score(row, probe)
+    probe: Probe = "linear" if report.rows[0].linear is not None else "knn"
+    number = report.best(probe)
+    row, score = report.rows[number], probe_score(report.rows[number], probe)
     if score is None:
         return None
     low, high = score.top1_interval
@@ -49,18 +51,29 @@ def representation_note(report: RepresentationReport) -> str | None:
         f"{report.protocol['test']['images']:,} test images of {len(report.classes)} classes (95 % interval "
         f"{100 * low:.1f} to {100 * high:.1f} %)"
     )
-    others = [(title, found.top1) for title, other in baselines(report) if (found := probe_score(other, probe))]
-    simple = [(title, top1) for title, top1 in others if title != "teacher"]
-    if simple:
-        note += ", " + " and ".join(f"{title} on {top1:.1%}" for title, top1 in simple)
-        beaten = [title for title, top1 in simple if low > top1]
-        if len(beaten) == len(simple):
-            note += ": clearly above"
-        else:
-            note += f": not clearly above {' or '.join(title for title, _ in simple if title not in beaten)}"
+    simple = {title: other for title, other in baselines(report.rows, number) if title != "teacher"}
+    others = {title: found for title, other in simple.items() if (found := probe_score(report.rows[other], probe))}
+    if others:
+        note += ", " + " and ".join(f"{title} on {found.top1:.1%}" for title, found in others.items())
+        not_beaten = [title for title in others if not _beats(report, probe, number, simple[title])]
+        note += f": not clearly above {' or '.join(not_beaten)}" if not_beaten else ": clearly above"
+        note += f" ({_TESTED if report.pairs else _COMPARED})"
     shared, test = report.protocol.get("shared_images", 0), report.protocol["test"]
     told = f" {shared_note(shared, test['images'] + test['images_unreadable'])}" if shared else ""
     return f"{note}.{told}"
+
+
+_TESTED = "McNemar's exact test on the same images, 5 %"
+_COMPARED = "the 95 % intervals compared, which have to be apart"
+
+
+def _beats(report: RepresentationReport, probe: Probe, number: int, other: int) -> bool:
+    """Whether a row is better than another beyond chance: on the same images, or else by intervals that are apart."""
+    for pair in report.pairs:
+        if (pair.probe, pair.row, pair.other) == (probe, number, other):
+            return is_better(pair.row_alone, pair.other_alone)
+    one, two = (probe_score(report.rows[i], probe) for i in (number, other))
+    return one is not None and two is not None and one.top1_interval[0] > two.top1_interval[1]
 
 
 def missing_notes(missing: dict[str, str]) -> list[str]:

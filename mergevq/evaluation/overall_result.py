@@ -134,8 +134,7 @@ class EvaluationReport:
             head = self.generation.heads()[self.generation.best or 0]
             return f"Generation of {self.generation.protocol['images']:,} images, {head}"
         if name == "representation" and self.representation is not None:
-            kind = self.representation.rows[self.representation.chosen].name.rpartition(", K = ")[0]
-            return f"Representation, {len(self.representation.classes)} classes, {kind}"
+            return f"Representation, {len(self.representation.classes)} classes"
         return name.capitalize()
 
     def summary(self) -> str:

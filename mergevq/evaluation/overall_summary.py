@@ -5,9 +5,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mergevq.evaluation.feature_sources import FeatureSetting
 from mergevq.evaluation.generation_result import GenerationReport
-from mergevq.evaluation.representation_result import ProbeScore, RepresentationReport, RepresentationRow
+from mergevq.evaluation.representation_pairs import baselines, same_kind
+from mergevq.evaluation.representation_result import (
+    PROBES,
+    Probe,
+    ProbeScore,
+    RepresentationReport,
+    RepresentationRow,
+)
 from mergevq.evaluation.result import ReconstructionReport
 from mergevq.evaluation.sanity_result import SanityReport
 
@@ -26,10 +32,13 @@ class Line:
     """By K."""
     beside: Mapping[str, float]
     """Names and values to compare with."""
+    detail: str = ""
+    """Of what, in a few words, where the part's title does not say it."""
 
     def title(self) -> str:
-        """Returns the quantity, and an arrow towards good values."""
-        return self.quantity + {"higher": " ↑", "lower": " ↓", None: ""}[self.better]
+        """Returns the quantity, an arrow towards good values, and the detail."""
+        arrow = {"higher": " ↑", "lower": " ↓", None: ""}[self.better]
+        return f"{self.quantity}{arrow}" + (f", {self.detail}" if self.detail else "")
 
     def cells(self, counts: list[int]) -> list[str]:
         """Returns a line of a table: title, a value for each K, what to compare with."""
@@ -42,6 +51,7 @@ class Line:
         return {
             "part": self.part,
             "quantity": self.quantity,
+            "detail": self.detail,
             "better": self.better,
             "values": {str(k): _finite(value) for k, value in self.values.items()},
             "beside": {name: _finite(value) for name, value in self.beside.items()},
@@ -104,41 +114,43 @@ def generation_lines(report: GenerationReport) -> Iterator[Line]:
 
 
 def representation_lines(report: RepresentationReport) -> Iterator[Line]:
-    """Gives the lines of representation: of the kind of features that did best on held-out training images."""
-    chosen = report.rows[report.chosen].setting
-    own = [row for row in report.rows if same_kind(row.setting, chosen) and row.setting.source == "tokenizer"]
-    for name, quantity in (("linear", "linear probe, top-1 in %"), ("knn", "k-NN, top-1 in %")):
-        scores = {row.setting.num_tokens: probe_score(row, name) for row in own}
+    """Gives a line for each probe: of the kind of features that did best by it on held-out training images."""
+    for probe, quantity in PROBES.items():
+        number = report.best(probe)
+        best = report.rows[number]
+        own = [row for row in report.rows if row.setting.source == "tokenizer" and same_kind(row.setting, best.setting)]
+        scores = {row.setting.num_tokens: probe_score(row, probe) for row in own}
         values = {k: 100 * score.top1 for k, score in scores.items() if score is not None and k is not None}
         if not values:
             continue
         beside = {}
-        for title, row in baselines(report):
-            score = probe_score(row, name)
+        for title, other in baselines(report.rows, number):
+            score = probe_score(report.rows[other], probe)
             if score is not None:
                 beside[title] = 100 * score.top1
         beside["chance"] = 100 * report.reference["chance_top1"]
-        yield Line("representation", quantity, "higher", ".1f", values, beside)
+        detail = kind_and_choice(report, probe)
+        yield Line("representation", f"{quantity}, top-1 in %", "higher", ".1f", values, beside, detail)
 
 
-def baselines(report: RepresentationReport) -> Iterator[tuple[str, RepresentationRow]]:
-    """Gives name and row of what the tokenizer's features are compared with."""
-    chosen = report.rows[report.chosen].setting
-    for row in report.rows:
-        if row.setting.source == "random" and same_kind(row.setting, chosen):
-            yield "random weights", row
-        elif row.setting.source in ("pixels", "teacher"):
-            yield row.setting.source, row
+def kind_and_choice(report: RepresentationReport, probe: Probe) -> str:
+    """Returns the kind of features that a probe's line is of, and on how many images that was chosen."""
+    best = report.rows[report.best(probe)]
+    kind = best.name.rpartition(", K = ")[0]
+    others = [row for row in report.rows if row.setting.source == "tokenizer"]
+    if len(others) < 2:
+        return kind
+    for each, title in ((probe, ""), *((other, title) for other, title in PROBES.items() if other != probe)):
+        found = best.found(each)
+        if found is not None and best.held_out_score(each) is not None:
+            count = f"{found.held_out:,} " if found.held_out else ""
+            return f"{kind} (best on {count}held-out images{f' by {title}' if title else ''})"
+    return f"{kind} (the first, as no images were held out to choose on)"
 
 
-def same_kind(a: FeatureSetting, b: FeatureSetting) -> bool:
-    """Returns whether features differ by their K and model at most."""
-    return a.kind == b.kind and a.quantized == b.quantized
-
-
-def probe_score(row: RepresentationRow, probe: str) -> ProbeScore | None:
-    """Returns what the probe "linear" or "knn" scored, None if it was not made."""
-    found = row.linear if probe == "linear" else row.knn
+def probe_score(row: RepresentationRow, probe: Probe) -> ProbeScore | None:
+    """Returns what a probe scored, None if it was not made."""
+    found = row.found(probe)
     return None if found is None else found.score
 
 

@@ -19,6 +19,7 @@ from mergevq.evaluation.processes import Processes, shared_processes
 from mergevq.evaluation.protocol import PREPARATION, hardware, precision, versions
 from mergevq.evaluation.representation_data import check_enough, probe_images
 from mergevq.evaluation.representation_notes import representation_notes
+from mergevq.evaluation.representation_pairs import pair_rows
 from mergevq.evaluation.representation_plan import (
     BASELINES,
     KINDS,
@@ -161,7 +162,8 @@ def evaluate_representation(
         shares = processes.each(probe)
         seconds = {"features": middle - start, "probes": time.perf_counter() - middle}
         world = processes.world_size
-    found = [read_row(shares[number % world][number // world]) for number in range(len(settings))]
+    made = [shares[number % world][number // world] for number in range(len(settings))]
+    found = [read_row(each) for each in made]
     counted = torch.bincount(torch.tensor(labels["train"]), minlength=len(first.classes))
     shared = shared_images(first, second)
     protocol = {
@@ -196,6 +198,7 @@ def evaluate_representation(
         notes=(),
         seconds=seconds,
         pictures=tuple(pictures for _, pictures in found),
+        pairs=pair_rows([row for row, _ in found], [each["hits"] for each in made]),
     )
     return report.with_notes(representation_notes(report))
 

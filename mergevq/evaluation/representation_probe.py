@@ -51,7 +51,7 @@ def probe_row(
     config: ProbeConfig,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Returns row and pictures of these features, as JSON values; see `read_row`.
+    """Returns row, pictures and hits of these features, as JSON values; see `read_row` and `pair_rows`.
 
     Raises:
         ShapeError: a feature is not finite, or there are fewer readable training images than k or shots ask for.
@@ -63,10 +63,11 @@ def probe_row(
         check_labels(part.labels.tolist(), classes, what)
         check_labelled(part.features, part.labels, len(classes), f"{what} ({name})")
     knn, linear, confusion = None, None, torch.zeros(0, 0, dtype=torch.int64)
+    hits: dict[str, str] = {}
     if "knn" in config.probes:
-        knn, confusion = _knn(train, test, len(classes), config)
+        knn, confusion, hits["knn"] = _knn(train, test, len(classes), config)
     if "linear" in config.probes:
-        linear, confusion = _linear(train, test, len(classes), config)
+        linear, confusion, hits["linear"] = _linear(train, test, len(classes), config)
     few = None
     if "few-shot" in config.probes:
         few = few_shot(
@@ -89,6 +90,7 @@ def probe_row(
         "explained": list(projection.explained),
         "labels": test.labels.cpu()[shown].tolist(),
         "confusion": confusion.tolist(),
+        "hits": hits,
     }
 
 
@@ -107,11 +109,13 @@ def _on(device: torch.device, part: Labelled) -> Labelled:
     return Labelled(part.features.to(device), part.labels.to(device))
 
 
-def _knn(train: Labelled, test: Labelled, num_classes: int, config: ProbeConfig) -> tuple[KnnResult, Tensor]:
+def _knn(train: Labelled, test: Labelled, num_classes: int, config: ProbeConfig) -> tuple[KnnResult, Tensor, str]:
     ks = sorted(set(choose_ks(config, len(train.labels))))
     held_out: dict[int, tuple[float, float]] = {}
+    chosen_on = 0
     if len(ks) > 1:
         kept, held = (part.to(train.labels.device) for part in hold_out(train.labels, config.held_out, config.seed))
+        chosen_on = len(held)
         # A k that only all training images reach is judged by all that were not held out.
         reach = {k: min(k, len(kept)) for k in ks}
         answers = knn_classify(
@@ -137,10 +141,11 @@ def _knn(train: Labelled, test: Labelled, num_classes: int, config: ProbeConfig)
     chosen = max(ks, key=lambda k: (*held_out.get(k, (0.0, 0.0)), -k))
     found = (held_out[k][0] if held_out else None for k in ks)
     tried = tuple(KnnTried(k, top1, scores[k].top1, scores[k].top5) for k, top1 in zip(ks, found, strict=True))
-    return KnnResult(_summary(scores[chosen]), chosen, tried), scores[chosen].confusion
+    result = KnnResult(_summary(scores[chosen]), chosen, tried, chosen_on)
+    return result, scores[chosen].confusion, _hits(answers[chosen], test.labels)
 
 
-def _linear(train: Labelled, test: Labelled, num_classes: int, config: ProbeConfig) -> tuple[LinearResult, Tensor]:
+def _linear(train: Labelled, test: Labelled, num_classes: int, config: ProbeConfig) -> tuple[LinearResult, Tensor, str]:
     probe = fit_linear_probe(
         train.features,
         train.labels,
@@ -149,9 +154,15 @@ def _linear(train: Labelled, test: Labelled, num_classes: int, config: ProbeConf
         held_out=config.held_out,
         seed=config.seed,
     )
-    score = score_answers(probe.answers(test.features), test.labels, num_classes)
+    answers = probe.answers(test.features)
+    score = score_answers(answers, test.labels, num_classes)
     found = LinearResult(_summary(score), probe.learning_rate, probe.weight_decay, probe.held_out, probe.sweep)
-    return found, score.confusion
+    return found, score.confusion, _hits(answers, test.labels)
+
+
+def _hits(answers: Tensor, labels: Tensor) -> str:
+    """A digit for each test image: 1 where the first answer is right."""
+    return "".join("1" if right else "0" for right in (answers[:, 0].cpu() == labels.cpu()).tolist())
 
 
 def _summary(score: Score) -> ProbeScore:

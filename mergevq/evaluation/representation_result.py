@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jaxtyping import Float, Int
 from rich.console import Console
@@ -20,6 +20,12 @@ SCHEMA = "mergevq.representation/1"
 
 MOST_CONFUSION = 20
 """Classes up to which the whole confusion matrix is in the JSON."""
+
+Probe = Literal["linear", "knn"]
+"""A probe whose settings, and whose row, may be chosen on held-out training images."""
+
+PROBES: dict[Probe, str] = {"linear": "linear probe", "knn": "k-NN"}
+"""What to call them."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,8 @@ class KnnResult:
     k: int
     """The best on the held-out training images."""
     tried: tuple[KnnTried, ...]
+    held_out: int = 0
+    """Training images that it was chosen on; 0 if nothing had to be chosen."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +104,20 @@ class RepresentationRow:
     linear: LinearResult | None
     few_shot: tuple[FewShot, ...] | None
 
-    def held_out_top1(self) -> float | None:
-        """Returns the best share of right answers on the held-out training images, which rows may be chosen by."""
-        linear = [tried.top1 for tried in self.linear.tried] if self.linear is not None else []
-        knn = [tried.held_out_top1 for tried in self.knn.tried] if self.knn is not None else []
-        known = [share for share in (linear or knn) if share is not None]
+    def found(self, probe: Probe) -> KnnResult | LinearResult | None:
+        """Returns what a probe found; None if it was not made."""
+        return self.linear if probe == "linear" else self.knn
+
+    def held_out_score(self, probe: Probe) -> tuple[float, float] | None:
+        """Returns how good a probe was on the held-out training images, which rows are chosen by: the best share of
+        right answers, and what it cost, the loss with its sign turned (0 of k-NN, which has none). None without them.
+        """
+        if probe == "linear":
+            linear = self.linear.tried if self.linear is not None else ()
+            known = [(each.top1, -(each.loss or 0.0)) for each in linear if each.top1 is not None]
+        else:
+            knn = self.knn.tried if self.knn is not None else ()
+            known = [(each.held_out_top1, 0.0) for each in knn if each.held_out_top1 is not None]
         return max(known, default=None)
 
     @staticmethod
@@ -117,6 +134,21 @@ class RepresentationRow:
         if few is not None:
             parts["few_shot"] = tuple(FewShot(**{**entry, "draws": tuple(entry["draws"])}) for entry in few)
         return RepresentationRow(**{**value, **parts})
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two rows on the same test images: which of them is right where the other is wrong."""
+
+    probe: Probe
+    row: int
+    """Number of a row of the tokenizer."""
+    other: int
+    """Number of a row to compare it with: random weights of the same kind, pixels, the teacher."""
+    row_alone: int
+    """Test images that only the first gets right."""
+    other_alone: int
+    """Test images that only the second gets right."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,13 +186,30 @@ class RepresentationReport:
     """Spent on features and on probes; the only numbers that differ between two runs."""
     pictures: tuple[RowPictures, ...] = ()
     """Of each row."""
+    pairs: tuple[Pair, ...] = ()
+    """Rows of the tokenizer beside what they have to beat; results of the first versions have none."""
+
+    def best(self, probe: Probe) -> int:
+        """Returns the number of the tokenizer's row that does best on held-out training images by a probe.
+
+        Of equals the one with the least held-out loss, then the one of fewest numbers an image, then the first. Where
+        nothing was held out for this probe, the other one decides; where nothing was for either, it is the first row.
+
+        Args:
+            probe: "linear" or "knn"; need not have been made.
+        """
+        own = [i for i, row in enumerate(self.rows) if row.setting.source == "tokenizer"]
+        both: tuple[Probe, ...] = ("linear", "knn") if probe == "linear" else ("knn", "linear")
+        for each in both:
+            scores = {i: score for i in own if (score := self.rows[i].held_out_score(each)) is not None}
+            if scores:
+                return max(scores, key=lambda i: (scores[i], -self.rows[i].width, -i))
+        return own[0]
 
     @property
     def chosen(self) -> int:
-        """Number of the tokenizer's row that does best on held-out training images; the first where none were held
-        out. Its pictures are shown."""
-        own = [i for i, row in enumerate(self.rows) if row.setting.source == "tokenizer"]
-        return max(own, key=lambda i: (self.rows[i].held_out_top1() or 0.0, -i))
+        """Number of the row whose pictures are shown: the best by the linear probe, or by k-NN without one."""
+        return self.best("linear")
 
     def to_json(self) -> dict[str, Any]:
         """Returns everything but the pictures, as JSON values under a schema version."""
@@ -171,6 +220,7 @@ class RepresentationReport:
             "rows": [asdict(row) for row in self.rows],
             "chosen": self.chosen,
             "reference": self.reference,
+            "pairs": [asdict(pair) for pair in self.pairs],
             "notes": list(self.notes),
             "seconds": self.seconds,
         }
@@ -194,6 +244,7 @@ class RepresentationReport:
                 protocol=found["protocol"],
                 notes=tuple(found["notes"]),
                 seconds=found["seconds"],
+                pairs=tuple(Pair(**pair) for pair in found.get("pairs", ())),
             )
 
     def table(self) -> Table:

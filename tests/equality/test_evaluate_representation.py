@@ -112,6 +112,15 @@ def test_every_row_is_what_its_features_give(photos: Path, tiny_tokenizer: Merge
     assert (report.protocol["train"]["images"], report.protocol["test"]["images"]) == (27, 12)
 
 
+def test_pairs_are_right_on_the_images_of_the_rows(photos: Path, tiny_tokenizer: MergeVQ) -> None:
+    report = run(tiny_tokenizer, photos, probes=SMALL)
+    assert [(pair.probe, pair.row, pair.other) for pair in report.pairs] == [("linear", 0, 1), ("knn", 0, 1)]
+    for pair in report.pairs:
+        own, other = (report.rows[i].found(pair.probe) for i in (0, 1))
+        assert own is not None and other is not None
+        assert pair.row_alone - pair.other_alone == round(12 * (own.score.top1 - other.score.top1))
+
+
 def compare(row: RepresentationRow, train: Tensor, labels: Tensor, test: Tensor, truth: Tensor) -> None:
     """The probes of a row are those of these features."""
     options: dict[str, Any] = {"num_classes": 3}
@@ -295,8 +304,9 @@ def test_test_images_among_the_training_images_are_counted(photos: Path, tiny_to
 
 def test_the_row_that_is_shown_is_chosen_by_held_out_images(photos: Path, tiny_tokenizer: MergeVQ) -> None:
     report = run(tiny_tokenizer, photos, kinds=("class", "mean", "class+mean"), baselines=())
-    held = [row.held_out_top1() for row in report.rows[:3]]
-    assert report.chosen == held.index(max(held))
+    held = [row.held_out_score("knn") or (0.0, 0.0) for row in report.rows[:3]]
+    assert report.chosen == report.best("knn") == held.index(max(held))
+    assert all(row.knn is not None and row.knn.held_out == 3 for row in report.rows)
     pictures = report.pictures[0]
     assert pictures.projection.shape == (12, 2) and pictures.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert int(pictures.confusion.sum()) == 12
