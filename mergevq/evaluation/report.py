@@ -51,7 +51,7 @@ def content(report: ReconstructionReport) -> dict[str, Any]:
         "template": "report.html.j2",
         "summary": report.summary(),
         "table": report.cells(),
-        "notes": report.notes,
+        "notes": report.all_notes(),
         "protocol": report.protocol,
         "plot": data_uri(rate_distortion_plot(report), "svg+xml"),
         "columns": [view.title for view in _views(report.examples[0])] if report.examples else [],

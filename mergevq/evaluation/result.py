@@ -43,6 +43,8 @@ class PredictedSource:
     perceptual: float | None
     frechet: float | None
     kernel: float | None
+    psnr_perfect: int = 0
+    """Images that came back without any error."""
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "PredictedSource":
@@ -60,7 +62,7 @@ class ReconstructionRow:
     bits_source: float
     """Bits for an image's source map, L * ceil(log2 K)."""
     psnr: Spread
-    """Decibels, on images rounded to bytes."""
+    """Decibels, on images rounded to bytes, without perfect copies; if all are, infinite with a deviation of 0."""
     ssim: Spread | None
     """At most 1; None for images smaller than its window."""
     perceptual: float | None
@@ -81,6 +83,10 @@ class ReconstructionRow:
     decode_per_second: float
     predicted: PredictedSource | None = None
     """The same without the source map; None if it was not asked for."""
+    psnr_perfect: int = 0
+    """Images that came back without any error, whose PSNR is infinite."""
+    codebook_perplexity: float | None = None
+    """Size of an evenly used codebook of the same entropy; at most `codebook_used`."""
 
     @property
     def bits(self) -> float:
@@ -146,6 +152,15 @@ class ReconstructionReport:
         """Returns the name of the perceptual distance's network."""
         return _name(self.protocol["perceptual"])
 
+    def all_notes(self) -> tuple[str, ...]:
+        """Returns the notes, and what the rows themselves have to tell."""
+        found = [(row.num_tokens, row.psnr_perfect) for row in self.rows if row.psnr_perfect]
+        if not found:
+            return self.notes
+        told = ", ".join(f"{count:,} at K = {k}" for k, count in found)
+        own = f"PSNR is a mean over the images that differ from their originals; perfect copies: {told}."
+        return self.notes if own in self.notes else (*self.notes, own)
+
     def to_json(self) -> dict[str, Any]:
         """Returns everything but the examples, as JSON values under a schema version."""
         return {
@@ -153,7 +168,7 @@ class ReconstructionReport:
             "protocol": self.protocol,
             "rows": [_finite({**asdict(row), "bits": row.bits}) for row in self.rows],
             "reference": None if self.reference is None else asdict(self.reference),
-            "notes": list(self.notes),
+            "notes": list(self.all_notes()),
         }
 
     @staticmethod
@@ -180,7 +195,7 @@ class ReconstructionReport:
     def table(self) -> Table:
         """Returns a column for each K, for a terminal."""
         # Text, because a folder's name may look like markup.
-        title, caption = Text(self.summary()), Text("\n".join(self.notes))
+        title, caption = Text(self.summary()), Text("\n".join(self.all_notes()))
         table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
         heads, lines = self.cells()
         for i, head in enumerate(heads):
@@ -214,6 +229,7 @@ class ReconstructionReport:
             ("source predicted right", accuracy),
             ("distinct indices an image", [f"{row.distinct_tokens:.1f}" for row in self.rows]),
             (f"indices used of {size}", [f"{row.codebook_used:,}" for row in self.rows]),
+            ("  perplexity", [_count(row.codebook_perplexity) for row in self.rows]),
             ("share of ones in a bit", [_range(row.bit_balance) for row in self.rows]),
             ("encoded images/s", [f"{row.encode_per_second:.1f}" for row in self.rows]),
             ("decoded images/s", [f"{row.decode_per_second:.1f}" for row in self.rows]),
@@ -254,11 +270,15 @@ def _name(network: dict[str, str] | None) -> str:
 
 
 def _spread(value: Spread, digits: int) -> str:
-    return f"{value.mean:.{digits}f} ± {value.std:.{digits}f}"
+    return "∞" if math.isinf(value.mean) else f"{value.mean:.{digits}f} ± {value.std:.{digits}f}"
 
 
 def _range(values: Sequence[float]) -> str:
     return f"{min(values):.2f} – {max(values):.2f}"
+
+
+def _count(value: float | None) -> str | None:
+    return None if value is None else f"{value:,.1f}"
 
 
 def _cell(value: float | None) -> str | None:

@@ -1,7 +1,7 @@
 """What every metric says of images whose quality is known: a scale to read its numbers by."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,8 @@ def evaluate_sanity(
         "hardware": hardware(place),
         "versions": versions(),
     }
-    return SanityReport(run.rows(seed), protocol, _notes(run.seen, total, features))
+    rows = run.rows(seed)
+    return SanityReport(rows, protocol, _notes(rows, run.seen, total, features))
 
 
 class _Pass:
@@ -169,7 +170,7 @@ class _Pass:
                 continue
             means: dict[str, Any] = {what: quality.mean(what) for what in quality.values}
             sets = self._compare(features.get("identical"), features.get(name), paired=True)
-            rows.append(SanityRow(name, self.seen, **means, **sets))
+            rows.append(SanityRow(name, self.seen, **means, **sets, psnr_perfect=quality.perfect))
         if features and self.seen >= 4:
             a, b = halves(features["identical"], seed)
             sets = self._compare(a, b, paired=False)
@@ -215,8 +216,11 @@ def gaussian_blur(images: Float[Tensor, "B C H W"], sigma: float) -> Float[Tenso
     return F.conv2d(rows, window[None, None, None, :])[:, 0].unflatten(0, images.shape[:2])
 
 
-def _notes(seen: int, total: int, network: FeatureNetwork | None) -> tuple[str, ...]:
+def _notes(rows: Sequence[SanityRow], seen: int, total: int, network: FeatureNetwork | None) -> tuple[str, ...]:
     notes = []
+    copies = [f"{row.psnr_perfect:,} {row.name}" for row in rows if row.psnr_perfect and row.name != "identical"]
+    if copies:
+        notes.append(f"PSNR is a mean over the images that differ from their originals; equal are {', '.join(copies)}.")
     if seen < total:
         notes.append(f"{total - seen} of {total} images could not be read and were left out.")
     if network is not None and seen < 4:

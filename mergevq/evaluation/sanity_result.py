@@ -26,7 +26,7 @@ class SanityRow:
     images: int
     """On either side."""
     psnr: float | None = None
-    """Mean over images, in decibels; infinite for copies."""
+    """Mean over images without perfect copies, in decibels; infinite if all are."""
     ssim: float | None = None
     perceptual: float | None = None
     frechet: float | None = None
@@ -34,6 +34,8 @@ class SanityRow:
     inception_score: float | None = None
     precision: float | None = None
     recall: float | None = None
+    psnr_perfect: int = 0
+    """Images that are equal to their originals."""
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "SanityRow":

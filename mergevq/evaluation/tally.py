@@ -1,11 +1,13 @@
 """What is gathered at one K over the images, and the row that comes of it."""
 
+import math
 from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from mergevq.errors import ShapeError
 from mergevq.evaluation.result import PredictedSource, ReconstructionRow, Spread
 from mergevq.metrics.codebook import CodebookUsage
 from mergevq.metrics.distribution import FeatureSet, FeatureStore, frechet_distance, kernel_distance
@@ -35,28 +37,40 @@ class Quality:
             drawn: bytes.
             originals: bytes.
             perceptual: a distance of (image, image); None leaves it out.
+
+        Raises:
+            ShapeError: that gives neither one number for the batch nor one an image.
         """
         self.add(psnr=psnr(drawn, originals))
         if min(originals.shape[-2:]) >= WINDOW:
             self.add(ssim=ssim(drawn, originals))
         if perceptual is not None:
-            # A mean over the batch, so that the mean over all images comes out right with one entry an image.
-            mean: Tensor = perceptual(to_float(drawn), to_float(originals))
-            self.add(perceptual=mean.reshape(1).expand(len(originals)))
+            self.add(perceptual=one_an_image(perceptual(to_float(drawn), to_float(originals)), len(originals)))
 
     def look(self, drawn: UInt8[Tensor, "B 3 H W"], network: FeatureNetwork | None) -> None:
         """Adds the features of images; without a network there are none."""
         if network is not None:
             self.features.update(network(drawn))
 
+    @property
+    def perfect(self) -> int:
+        """Images that are equal to their originals, whose PSNR is infinite."""
+        return int(torch.cat(self.values["psnr"]).isinf().sum())
+
     def mean(self, name: str) -> float:
-        """Returns the mean over all images."""
-        return float(torch.cat(self.values[name]).mean())
+        """Returns the mean over all images; of PSNR over those that are no perfect copies, infinite if all are."""
+        return float(self._counted(name).mean())
 
     def spread(self, name: str) -> Spread:
-        """Returns the mean and the deviation over all images."""
+        """Returns the mean and the deviation over the images that `mean` counts; infinite and 0 if none differs."""
+        values = self._counted(name)
+        mean = float(values.mean())
+        return Spread(mean, 0.0 if math.isinf(mean) else float(values.std(correction=0)))
+
+    def _counted(self, name: str) -> Tensor:
         values = torch.cat(self.values[name])
-        return Spread(float(values.mean()), float(values.std(correction=0)))
+        # One perfect copy would make the mean of all infinite.
+        return values[~values.isinf()] if name == "psnr" and self.perfect < len(values) else values
 
     def fields(self, originals: FeatureSet | None) -> dict[str, Any]:
         """Returns what `ReconstructionRow` and `PredictedSource` both say.
@@ -71,6 +85,7 @@ class Quality:
             "perceptual": self.mean("perceptual") if "perceptual" in self.values else None,
             "frechet": None if originals is None or mine is None else frechet_distance(originals, mine),
             "kernel": None if originals is None or mine is None else kernel_distance(originals, mine, paired=True),
+            "psnr_perfect": self.perfect,
         }
 
 
@@ -101,11 +116,31 @@ class Tally:
             distinct_tokens=self.known.mean("distinct"),
             codebook_used=self.codebook.distinct,
             codebook_size=2**self.codebook.num_bits,
+            codebook_perplexity=self.codebook.perplexity(),
             bit_balance=tuple(self.codebook.bit_balance().tolist()),
             encode_per_second=images / sum(encode for _, encode, _ in timed),
             decode_per_second=images / sum(decode for _, _, decode in timed),
             predicted=predicted,
         )
+
+
+def one_an_image(distances: Any, images: int) -> Float[Tensor, " B"]:
+    """Returns what a perceptual module gave as one number an image; a mean over the batch stands for each of them.
+
+    Args:
+        distances: a tensor [], [1], [B] or [B, 1, 1, 1].
+        images: B.
+
+    Raises:
+        ShapeError: they are anything else.
+    """
+    shape = list(distances.shape) if isinstance(distances, Tensor) else None
+    if shape is None or math.prod(shape) not in (1, images) or math.prod(shape[1:]) != 1:
+        raise ShapeError(
+            f"expected of the perceptual module one number for the {images} images, or one an image in a tensor "
+            f"[{images}] or [{images}, 1, 1, 1], got {type(distances).__name__ if shape is None else shape}"
+        )
+    return distances.reshape(-1).expand(images)
 
 
 def to_float(pixels: UInt8[Tensor, "*n"]) -> Float[Tensor, "*n"]:
