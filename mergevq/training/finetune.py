@@ -18,7 +18,7 @@ from mergevq.training.config import HardwareConfig
 from mergevq.training.finetune_config import FinetuneRun
 from mergevq.training.finetune_inputs import FinetuneInputs, classifier_config, open_inputs, resolve, stream
 from mergevq.training.finetune_noise import draw_branch_scales, drop_path_rates, mix
-from mergevq.training.finetune_result import log_record, to_json
+from mergevq.training.finetune_result import fingerprints, log_record, to_json
 from mergevq.training.finetune_state import ClassifierLoss, FinetuneState, build_state, check_init, start_from
 from mergevq.training.finetune_validation import Accuracy, validate
 from mergevq.training.loop import Plan, check_start, run_training
@@ -147,6 +147,8 @@ class _Finetuning:
         self.run = run
         self.inputs = inputs
         self.state = build_state(fabric, run, inputs.tok)
+        # Once and first, as it takes a while on many images, and a file may be gone later.
+        self._prints = fingerprints(inputs) if fabric.is_global_zero else {}
         self._found: tuple[int, Accuracy] | None = None
         """The last validation, and the step it was made at."""
 
@@ -182,4 +184,5 @@ class _Finetuning:
     def publish(self, path: Path) -> None:
         self._averaged.save_pretrained(path, step=self.state.step, force=True)
         if self._found is not None and self._found[0] == self.state.step:
-            write_json(path.with_name("result.json"), to_json(self.run, self.inputs, self.state, self._found[1]))
+            result = to_json(self.run, self.inputs, self.state, self._found[1], self._prints)
+            write_json(path.with_name("result.json"), result)

@@ -29,6 +29,8 @@ class Accuracy(NamedTuple):
     """Share of images whose label has one of the five largest logits; None where there are no more than five."""
     images: int
     """That were looked at."""
+    unreadable: int
+    """That were left out, as they could not be read."""
     class_images: tuple[int, ...]
     """Of each class."""
     class_top1: tuple[float | None, ...]
@@ -101,6 +103,7 @@ def validate(
         top1=sum(class_right) / count,
         top5=among_sum / count if classes > _TOP else None,
         images=count,
+        unreadable=min(limit, len(images)) - count,
         class_images=tuple(int(n) for n in class_images),
         class_top1=tuple(hit / n if n else None for hit, n in zip(class_right, class_images, strict=True)),
     )

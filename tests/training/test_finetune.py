@@ -201,6 +201,9 @@ def test_two_colours_are_told_apart(tiny_tokenizer, tmp_path):
     assert result["loss"] < 0.3
     protocol = result["protocol"]
     assert protocol["images"] == {"train": 16, "val": 8, "measured": 8}
+    assert protocol["images_unreadable"] == {"measured": 0}
+    whole = ImageFolder(tmp_path / "images")
+    assert protocol["fingerprints"] == {part: whole.part(part).fingerprint() for part in ("train", "val")}
     assert (protocol["features"], protocol["num_tokens"], protocol["num_patches"]) == ("class", 64, 64)
     assert protocol["tokenizer"] == tiny_tokenizer.fingerprint() != result["fingerprint"]
 
@@ -227,6 +230,24 @@ def test_the_numbers_are_those_of_the_published_classifier(run, inputs, tmp_path
     assert result["fingerprint"] == classifier.fingerprint()
     assert result["config"]["model"]["num_tokens"] == 20
     assert "2 classes by class+mean features at K = 20" in capfd.readouterr().err
+
+
+def test_the_result_tells_the_arithmetic_that_was_used_and_what_was_left_out(run, inputs, tmp_path, monkeypatch):
+    broken = inputs.val.root / inputs.val.name(0)
+    kept = broken.read_bytes()
+    broken.write_bytes(b"no image")
+    monkeypatch.setattr("mergevq.training.precision.has_fast_bf16", lambda: False)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        train(changed(run, loop={"precision": "bf16", "steps": 1}), tmp_path / "run", inputs)
+    finally:
+        torch.set_float32_matmul_precision(before)
+        broken.write_bytes(kept)
+    protocol = read_json(tmp_path / "run" / "result.json")["protocol"]
+    assert protocol["images"]["measured"] == 4 and protocol["images_unreadable"] == {"measured": 1}
+    for which in ("training", "measured"):
+        assert "matrix products with fewer bits" in protocol["precision"][which], which
 
 
 def test_validation_draws_nothing_and_leaves_no_branch_out(fabric, run, inputs):
