@@ -26,12 +26,16 @@ def representation_notes(report: RepresentationReport) -> tuple[str, ...]:
         notes.append(
             f"The chosen learning rate is an end of the sweep for {'; '.join(ends)}: one beyond may be better."
         )
-    few = rows[0].few_shot
-    if few and few[0].half_width is not None:
+    few = rows[0].few_shot or ()
+    drawn = next((found for found in few if found.half_width is not None), None)
+    if drawn is not None:
         notes.append(
-            f"few-shot: nearest class mean, mean of {len(few[0].draws)} draws of the labelled images; ± is the 95 % "
+            f"few-shot: nearest class mean, mean of {len(drawn.draws)} draws of the labelled images; ± is the 95 % "
             "interval of that mean, by the draw alone."
         )
+    notes += [
+        f"{found.shots}-shot takes all training images, so it has no interval." for found in few if found.all_images
+    ]
     if not all(row.setting.merged for row in rows if row.setting.kind is not None):
         notes.append(f"K = {protocol['num_patches']}, the number of patches, merges nothing.")
     sources = {row.setting.source for row in rows}

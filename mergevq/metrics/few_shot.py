@@ -26,6 +26,8 @@ class FewShot:
     of one draw."""
     draws: tuple[float, ...]
     """Top-1 of each draw."""
+    all_images: bool = False
+    """Every class has exactly so many images, so that there is one draw only."""
 
 
 @torch.no_grad()
@@ -45,7 +47,7 @@ def few_shot(
     In every draw, k images of each class are taken from the training images. Their mean is subtracted from all
     features, which are then scaled to length 1; an image gets the class whose mean is most similar by cosine. So
     nothing is tuned, and no other image is looked at. The images of fewer shots are among those of more shots of the
-    same draw.
+    same draw. Where every class has exactly k images, all draws are the same one, and it is made once.
 
     Args:
         train: one row an image.
@@ -79,17 +81,20 @@ def few_shot(
             f"expected at least {max(shots)} training images of every class for {max(shots)} shots, got "
             f"{int(counts[smallest])} of class {smallest}: ask for fewer shots"
         )
+    whole = {k for k in shots if bool((counts == k).all())}
     right: dict[int, list[Tensor]] = {k: [] for k in shots}
     for draw in range(draws):
         order, _, _ = by_class(labels, torch.Generator().manual_seed((seed * draws + draw) % 2**64))
         starts = counts.cumsum(0) - counts
         for k in shots:
+            if draw and k in whole:
+                continue
             chosen = order[starts[:, None] + torch.arange(k)].to(train.device)
             right[k].append((_nearest_mean(train[chosen], test) == truth).double().mean())
     found = []
     for k in shots:
         accuracies = tuple(torch.stack(right[k]).tolist())
-        found.append(FewShot(k, fmean(accuracies), mean_half_width(accuracies), accuracies))
+        found.append(FewShot(k, fmean(accuracies), mean_half_width(accuracies), accuracies, k in whole))
     return tuple(found)
 
 

@@ -113,6 +113,16 @@ def shots(x: Tensor, labels: Tensor, **options: Any) -> Any:
     return few_shot(x, labels, x, labels, **{"num_classes": 3, "shots": (1,), **options})
 
 
+def test_all_images_of_every_class_are_one_draw_without_an_interval() -> None:
+    x, labels = examples(9)
+    some, whole = shots(x, labels, shots=(2, 3), draws=4)
+    assert (len(some.draws), some.all_images) == (4, False) and some.half_width is not None
+    assert (len(whole.draws), whole.all_images, whole.half_width) == (1, True, None)
+    # A class with more images than the others leaves something to draw.
+    (uneven,) = shots(x, labels.where(labels != 2, 1), shots=(3,), draws=4, num_classes=2)
+    assert len(uneven.draws) == 4 and not uneven.all_images
+
+
 @pytest.mark.parametrize("probe", [knn, linear, shots])
 def test_probes_refuse_what_is_no_labelled_feature(probe: Any) -> None:
     x, labels = examples(9)

@@ -105,6 +105,9 @@ def test_notes_say_what_was_chosen_and_where_the_sweep_was_short() -> None:
     assert "an end of the sweep for mean of tokens, K = 64: one beyond" in notes
     assert "K = 64, the number of patches, merges nothing" in notes and "mean of 2 draws" in notes
     assert "40 test images" in notes and "4 x 4" in notes and "random" not in notes
+    few = (FewShot(5, 0.4, None, (0.4,), True), FewShot(2, 0.3, 0.02, (0.28, 0.3, 0.32)))
+    told = " ".join(representation_notes(replace(_report(), rows=(replace(_report().rows[0], few_shot=few),))))
+    assert "mean of 3 draws" in told and "5-shot takes all training images" in told and "2-shot" not in told
     linear = representation_notes(_without(_report(), "knn"))
     assert any(note.startswith("The learning rate was chosen") for note in linear)
     assert not any("chosen" in note for note in representation_notes(_without(_report(), "knn", "linear")))
