@@ -90,11 +90,11 @@ class Measure:
         return row, found
 
     def reference_row(self, num_images: int, seed: int) -> ReferenceRow:
-        """Returns the same of two random halves of the reference.
+        """Returns the same of two random halves of the reference; the inception score is of as many as were generated.
 
         Args:
             num_images: generated; a half is no larger.
-            seed: of the halves.
+            seed: of the halves, and of the images of the inception score.
 
         Raises:
             DataError: no reference image could be read.
@@ -113,16 +113,20 @@ class Measure:
         close = None
         if self.training is not None and self._features is not None and not self._training_is_reference:
             close = self.training.share_close(self.training.nearest(self._features))
+        scored = order[: min(self.images, num_images)].sort().values
         distinct = in_order(self._seen, "distinct", by="encoded")[0].T if "encoded" in self._seen else ()
         return ReferenceRow(
             images=half,
             frechet=frechet,
             kernel=kernel,
-            inception_score=inception_score_of(self.network, self._features),
+            inception_score=inception_score_of(
+                self.network, None if self._features is None else self._features[scored]
+            ),
             precision=precision,
             recall=recall,
             close_to_training=close,
             distinct_tokens={k: _spread(values.double()) for k, values in zip(self._counts, distinct, strict=False)},
+            inception_images=len(scored),
         )
 
     def _against_reference(

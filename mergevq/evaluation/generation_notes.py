@@ -51,6 +51,15 @@ def _distance_notes(
         if reference.images < images:
             note += f"; as these are fewer than the {images:,} generated, their Fréchet distance is larger"
         notes.append(note + ".")
+    scored = reference.inception_images
+    if network["classifier_sha256"] is not None and scored is not None:
+        note = f"The reference's inception score is of {scored:,} of its images"
+        note += (
+            f", fewer than the {images:,} generated, which makes it smaller."
+            if scored < images
+            else ", as many as generated."
+        )
+        notes.append(note)
     if network["classifier_sha256"] is None:
         notes.append(f"{network['name']} has no classifier, so there is no inception score.")
     return notes

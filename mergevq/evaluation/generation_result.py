@@ -110,13 +110,15 @@ class ReferenceRow:
     frechet: float | None
     kernel: float | None
     inception_score: float | None
-    """Of the whole reference."""
+    """Of `inception_images` of the reference, drawn at random."""
     precision: float | None
     recall: float | None
     close_to_training: float | None
     """None if the reference images are the training images."""
     distinct_tokens: Mapping[int, Spread]
     """Different indices in a reference image that was encoded with K tokens, for each K."""
+    inception_images: int | None = None
+    """As many as were generated, or all if there are fewer; None of the first results, where it was all."""
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "ReferenceRow":

@@ -22,7 +22,8 @@ def reconstruction_note(report: ReconstructionReport, sanity: SanityReport | Non
     if sanity is not None and blurred is not None and noised is not None:
         names = [sanity.title(name) for name in ("blurred", "noised")]
         values = [format_number(found.psnr or 0.0, ".1f") for found in (blurred, noised)]
-        note += f"; the originals {names[0]}, have {values[0]} dB, and {names[1]}, {values[1]} dB"
+        some = "" if blurred.images == report.protocol["images"] else f"{blurred.images:,} of "
+        note += f"; {some}the originals {names[0]}, have {values[0]} dB, and {names[1]}, {values[1]} dB"
     return note + "."
 
 
@@ -35,6 +36,11 @@ def generation_note(report: GenerationReport) -> str | None:
     note = f"{report.protocol['images']:,} generated images ({head}) have {name} {row.frechet:.4g}"
     if real.frechet is not None:
         note += f"; two halves of the real images, {real.images:,} each, have {real.frechet:.4g}"
+    if len({each.setting.guidance for each in report.rows}) > 1:
+        note += (
+            f". The guidance is the one of {len(report.rows)} settings with the least {name}, on these same images, so "
+            "new ones will do a little worse"
+        )
     return note + "."
 
 

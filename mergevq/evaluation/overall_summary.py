@@ -1,8 +1,9 @@
 """The few numbers that matter of each part of an evaluation, and what to compare them with."""
 
 import math
+import operator
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mergevq.evaluation.generation_result import GenerationReport
@@ -34,6 +35,8 @@ class Line:
     """Names and values to compare with."""
     detail: str = ""
     """Of what, in a few words, where the part's title does not say it."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """Of those to compare with that were measured on another number of images than the values: how many images."""
 
     def title(self) -> str:
         """Returns the quantity, an arrow towards good values, and the detail."""
@@ -43,8 +46,9 @@ class Line:
     def cells(self, counts: list[int]) -> list[str]:
         """Returns a line of a table: title, a value for each K, what to compare with."""
         written = [format_number(self.values[k], self.form) if k in self.values else "" for k in counts]
-        others = ", ".join(f"{name} {format_number(value, self.form)}" for name, value in self.beside.items())
-        return [self.title(), *written, others]
+        others = [f"{name} {format_number(value, self.form)}" for name, value in self.beside.items()]
+        images = [f" ({self.counts[name]:,} images)" if name in self.counts else "" for name in self.beside]
+        return [self.title(), *written, ", ".join(map(operator.add, others, images))]
 
     def to_json(self) -> dict[str, Any]:
         """Returns it as JSON values; what is infinite is None."""
@@ -55,6 +59,7 @@ class Line:
             "better": self.better,
             "values": {str(k): _finite(value) for k, value in self.values.items()},
             "beside": {name: _finite(value) for name, value in self.beside.items()},
+            "beside_images": dict(self.counts),
         }
 
 
@@ -62,12 +67,17 @@ def reconstruction_lines(report: ReconstructionReport, sanity: SanityReport | No
     """Gives the lines of reconstruction."""
     rows = {row.num_tokens: row for row in report.rows}
     blurred, noised = (sanity.row(name) if sanity else None for name in ("blurred", "noised"))
+    images = report.protocol["images"]
+    measured = {row.name: row.images for row in (blurred, noised) if row is not None}
+    if report.reference is not None:
+        measured["two halves of the originals"] = report.reference.images
 
     def line(quantity: str, better: Any, form: str, values: Mapping[int, Any], **beside: Any) -> Iterator[Line]:
         known = {k: value for k, value in values.items() if value is not None}
         if known:
             others = {name.replace("_", " "): value for name, value in beside.items() if value is not None}
-            yield Line("reconstruction", quantity, better, form, known, others)
+            counts = {name: measured[name] for name in others if measured.get(name, images) != images}
+            yield Line("reconstruction", quantity, better, form, known, others, counts=counts)
 
     def both(name: str) -> dict[str, Any]:
         return {"blurred": getattr(blurred, name, None), "noised": getattr(noised, name, None)}
@@ -92,25 +102,30 @@ def reconstruction_lines(report: ReconstructionReport, sanity: SanityReport | No
 def generation_lines(report: GenerationReport) -> Iterator[Line]:
     """Gives the lines of generation, of its best setting."""
     row, real = report.rows[report.best or 0], report.reference
-    k = row.setting.num_tokens
+    k, images, all_real = row.setting.num_tokens, report.protocol["images"], report.protocol["reference"]["images"]
     distinct = real.distinct_tokens.get(k)
-    quantities: list[tuple[str, Any, str, float | None, str, float | None]] = [
-        (report.distance_names()[0], "lower", ".4g", row.frechet, "two halves of real images", real.frechet),
-        ("precision", "higher", ".3f", row.precision, "two halves", real.precision),
-        ("recall", "higher", ".3f", row.recall, "two halves", real.recall),
-        ("close to training", None, ".3f", row.close_to_training, "real images", real.close_to_training),
+    mean = None if distinct is None else distinct.mean
+    halves = ("two halves", real.images)
+    # Distinct tokens of the reference are a mean over few of its images, which no number of images biases.
+    quantities: list[tuple[str, Any, str, float | None, tuple[str, int], float | None]] = [
         (
-            "distinct tokens an image",
-            None,
-            ".1f",
-            row.distinct_tokens.mean,
-            "real images",
-            None if distinct is None else distinct.mean,
+            report.distance_names()[0],
+            "lower",
+            ".4g",
+            row.frechet,
+            ("two halves of real images", real.images),
+            real.frechet,
         ),
+        ("precision", "higher", ".3f", row.precision, halves, real.precision),
+        ("recall", "higher", ".3f", row.recall, halves, real.recall),
+        ("close to training", None, ".3f", row.close_to_training, ("real images", all_real), real.close_to_training),
+        ("distinct tokens an image", None, ".1f", row.distinct_tokens.mean, ("real images", images), mean),
     ]
-    for quantity, better, form, value, name, other in quantities:
+    for quantity, better, form, value, (name, count), other in quantities:
         if value is not None:
-            yield Line("generation", quantity, better, form, {k: value}, {} if other is None else {name: other})
+            beside, counts = ({}, {}) if other is None else ({name: other}, {name: count})
+            counts = {name: count for name, count in counts.items() if count != images}
+            yield Line("generation", quantity, better, form, {k: value}, beside, counts=counts)
 
 
 def representation_lines(report: RepresentationReport) -> Iterator[Line]:

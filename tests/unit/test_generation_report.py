@@ -151,6 +151,15 @@ def test_sheets_show_the_best_setting_unless_told() -> None:
         neighbours_picture(_report(samples=(alone, alone, alone)))
 
 
+def test_the_reference_score_is_of_as_many_images_or_it_is_said() -> None:
+    def note(count: int | None) -> str:
+        reference = replace(_report().reference, inception_images=count)
+        return next((n for n in generation_notes(_report(reference=reference)) if "inception score is of" in n), "")
+
+    assert note(50).endswith("is of 50 of its images, as many as generated.")
+    assert "of 40 of its images, fewer than the 50 generated" in note(40) and note(None) == ""
+
+
 def test_notes_say_how_to_read_the_numbers() -> None:
     text = "\n".join(generation_notes(_report()))
     assert "Least Fréchet distance: guidance 1.5." in text and "end of the sweep" not in text
