@@ -139,7 +139,7 @@ def command_of(given: dict[str, Any]) -> str:
         value = _OUT if name == "out" else given[name]
         if name == "force" or value == parameter.default:
             continue
-        text = ",".join(f"{each:g}" for each in value) if isinstance(value, tuple) else str(value)
+        text = ",".join(map(repr, value)) if isinstance(value, tuple) else str(value)
         words += [f"--{name.replace('_', '-')}", *([] if value is True else [text])]
     return shlex.join(words)
 

@@ -52,7 +52,7 @@ def test_it_writes_one_json_one_page_and_a_card_that_tells_how(
     assert main([*VERB.split(), *options.split()]) == 0
     out = capsys.readouterr().out
     value = json.loads((place / "new" / "evaluation.json").read_text())
-    assert value["schema"] == "mergevq.evaluation/1" and value["missing"] == {}
+    assert value["schema"] == "mergevq.evaluation/2" and value["missing"] == {}
     assert {name: part["schema"] for name, part in value["parts"].items()} == {
         name: f"mergevq.{name}/1" for name in ("reconstruction", "generation", "representation", "sanity")
     }
@@ -120,14 +120,15 @@ def test_a_folder_with_something_else_and_json_of_another_version_are_refused(
     assert "flat exists already" in capfd.readouterr().err
     (place / "old.json").write_text(json.dumps({"schema": "mergevq.evaluation/7"}))
     assert main(["info", "old.json"]) == 2
-    assert "expected the schema mergevq.evaluation/1, got mergevq.evaluation/7: upgrade" in capfd.readouterr().err
+    assert "expected the schema mergevq.evaluation/2, got mergevq.evaluation/7: upgrade" in capfd.readouterr().err
 
 
 def test_the_command_names_what_is_not_the_default() -> None:
     given = dict.fromkeys(eval_all.__annotations__)
     given |= {name: p.default for name, p in __import__("inspect").signature(eval_all).parameters.items()}
     given |= {"tokenizer": "my tok", "data": "d", "out": Path("x"), "num_tokens": (64, 20), "force": True}
-    assert command_of({**given, "predict_source": True, "guidance": (1.5,)}) == (
-        "mergevq eval all --tokenizer 'my tok' --data d --out results --num-tokens 64,20 --guidance 1.5 "
+    # Of a number all digits: the command has to give the same results.
+    assert command_of({**given, "predict_source": True, "guidance": (1.5, 2.12345678)}) == (
+        "mergevq eval all --tokenizer 'my tok' --data d --out results --num-tokens 64,20 --guidance 1.5,2.12345678 "
         "--predict-source"
     )
