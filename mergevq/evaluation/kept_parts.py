@@ -11,7 +11,7 @@ from mergevq.evaluation.feature_cache import remove_features
 from mergevq.evaluation.schema import reading
 from mergevq.files import read_json, refuse_existing, write_json
 
-SCHEMA = "mergevq.evaluation-part/1"
+SCHEMA = "mergevq.evaluation-part/2"
 
 PARTS = ("reconstruction", "generation", "representation", "sanity")
 """Every part by name, in the order in which they are made."""

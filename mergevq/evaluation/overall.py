@@ -17,6 +17,7 @@ from mergevq.evaluation.generation import check_models, evaluate_generation
 from mergevq.evaluation.generation_pass import TokenGenerator
 from mergevq.evaluation.generation_plan import all_settings
 from mergevq.evaluation.kept_parts import FEATURES, KeptParts, Part
+from mergevq.evaluation.overall_images import image_facts
 from mergevq.evaluation.overall_plan import (
     MOST_GENERATED,
     choose_images,
@@ -142,11 +143,11 @@ def evaluate_all(
     counts = choose_counts(tok, num_tokens, side) if num_tokens else usual_counts(tok, side)
     features = None if network is None else feature_network(network).to(place)
     looked_at = min(len(images.held_out), limit or len(images.held_out))
-    # Of all weights: the fingerprint is the identity of the tokens, whatever decodes them.
+    # Of all weights: the fingerprint is the identity of the tokens, whatever decodes them. Of the images their
+    # fingerprint alone, however their folder is written and wherever it lies.
     common = {
         "tokenizer": weights_checksum(tok),
         "configuration": config_to_dict(tok.config),
-        "data": data_name(data, images.held_out),
         "set of images": images.held_out.fingerprint(),
         "limit": limit,
         "image size": side,
@@ -262,13 +263,15 @@ def evaluate_all(
         found = {part: _make(part, job, kept, processes, progress or _silent) for part, job in jobs.items()}
         world = processes.world_size
     protocol = {
-        "data": common["data"],
+        "data": data_name(data, images.held_out),
         "fingerprint": common["set of images"],
-        "images": {"held_out": len(images.held_out), "limit": limit, "training": len(images.training)},
+        **image_facts(images.held_out, images.training, limit),
+        "images_limit": limit,
+        "images_training": len(images.training),
         "image_size": side,
         "preparation": PREPARATION,
         "rounding": "reconstructions and generated images clamped to [-1, 1] and rounded to bytes",
-        "reference_set": "the held-out images, the same for reconstructed and for generated ones",
+        "reference_set": "the images looked at, the same for reconstructed and for generated ones",
         "num_tokens": list(counts),
         "network": identity(features),
         "perceptual": identity(perceptual),

@@ -13,6 +13,7 @@ from rich.text import Text
 from mergevq.errors import ShapeError
 from mergevq.evaluation.generation_result import GenerationReport
 from mergevq.evaluation.kept_parts import RESULTS, Part
+from mergevq.evaluation.overall_images import known_images_note
 from mergevq.evaluation.overall_notes import generation_note, missing_notes, reconstruction_note, representation_note
 from mergevq.evaluation.overall_summary import Line, generation_lines, reconstruction_lines, representation_lines
 from mergevq.evaluation.page import readable
@@ -21,7 +22,7 @@ from mergevq.evaluation.result import ReconstructionReport
 from mergevq.evaluation.sanity_result import SanityReport
 from mergevq.evaluation.schema import reading
 
-SCHEMA = "mergevq.evaluation/1"
+SCHEMA = "mergevq.evaluation/2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +78,7 @@ class EvaluationReport:
 
     def notes(self) -> list[str]:
         """Returns what the numbers say, in sentences, and what was left out."""
-        told: list[str | None] = []
+        told: list[str | None] = [known_images_note(self.protocol)]
         if self.reconstruction is not None:
             told.append(reconstruction_note(self.reconstruction, self.sanity))
         if self.generation is not None:

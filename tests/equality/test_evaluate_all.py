@@ -118,7 +118,7 @@ def test_the_parts_are_what_their_functions_give(photos: Path, tiny_tokenizer: M
     }
     for name, part in alone.items():
         assert found["parts"][name] == written(part), name
-    assert found["missing"] == {} and found["schema"] == "mergevq.evaluation/1"
+    assert found["missing"] == {} and found["schema"] == "mergevq.evaluation/2"
 
 
 def test_the_table_has_the_parts_numbers(photos: Path, tiny_tokenizer: MergeVQ, generator: Noise) -> None:
@@ -164,6 +164,23 @@ def test_every_result_says_how_it_was_measured(photos: Path, tiny_tokenizer: Mer
     assert found["parts"]["reconstruction"]["protocol"]["reference_set"].startswith("the originals")
 
 
+def test_images_that_a_model_may_know_are_told_of(photos: Path, tiny_tokenizer: MergeVQ) -> None:
+    def facts(data: Any, **options: Any) -> tuple[list[Any], bool]:
+        report = run(tiny_tokenizer, None, data, num_tokens=20, network=None, parts=("reconstruction",), **options)
+        assert report.reconstruction is not None
+        assert report.protocol["images"] == report.reconstruction.protocol["images"]
+        names = ("images", "images_available", "held_out_part", "shared_images")
+        return [report.protocol[name] for name in names], any("no held-out part" in note for note in report.notes())
+
+    assert facts(photos, limit=3) == ([3, 8, "val", 0], False)
+    assert facts(photos / "train", limit=5) == ([5, 16, None, 5], True)
+    assert facts(photos / "val") == ([8, 8, "val", 8], False)
+    images = ImageFolder(photos)
+    assert facts(images) == ([24, 24, None, 24], True)
+    assert facts(images.part("val"), train=images.part("train")) == ([8, 8, "val", 0], False)
+    assert facts(images.part("train"), train=photos / "val") == ([16, 16, None, 0], False)
+
+
 class Stopped(Exception):
     pass
 
@@ -197,6 +214,9 @@ def test_an_interrupted_evaluation_goes_on(
     assert written(report) == written(alone)
     # All is there: even the times are the same.
     assert run(tiny_tokenizer, generator, photos, **options).to_json() == report.to_json() and len(drawn) == 4
+    # However the folder is written: its images decide.
+    same = run(tiny_tokenizer, generator, f"{photos}/../{photos.name}/", **options)
+    assert len(drawn) == 4 and same.to_json()["parts"] == report.to_json()["parts"]
     # Without a generator the other parts are the same ones.
     fewer = run(tiny_tokenizer, None, photos, **options)
     assert fewer.missing == {"generation": "no generator was given"} and len(drawn) == 4
@@ -240,7 +260,7 @@ def test_what_a_folder_holds_is_not_mixed_with_other_results(
     with pytest.raises(OutputExistsError, match="another tokenizer"):
         run(tiny_tokenizer, None, photos, **options)
     record = out / "parts" / "reconstruction.json"
-    record.write_text(record.read_text().replace("evaluation-part/1", "evaluation-part/2"))
+    record.write_text(record.read_text().replace("evaluation-part/2", "evaluation-part/3"))
     with pytest.raises(CheckpointError, match="upgrade mergevq"):
         run(tiny_tokenizer, None, photos, **options)
 
