@@ -176,6 +176,7 @@ def measure(out: Path, train: Any, val: Any, others: Sequence[str], options: arg
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     found = {
         "measured": wanted,
+        "config": json.loads((out / "run.json").read_text())["config"],
         "log": log,
         "minutes": max(record["elapsed"] for record in log if record["kind"] == "train") / 60,
         "reconstruction": report.to_json(),
