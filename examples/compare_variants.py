@@ -2,8 +2,8 @@
 
     python examples/compare_variants.py --train "train-*.zip" --val val.zip --out variants
 
-G+R with alignment on and off, with merging and without (K = L all the time), then G and R, and G+R at one K all the
-time, all for the same number of images, with the preset's seed. Every training and measurement is resumable: start the
+G+R with alignment on and off, with merging and without (K = L all the time), then G and R, and G+R that merges and has
+neither alignment nor recovery, all for the same number of images, with the preset's seed. Every training and measurement is resumable: start the
 command again after an interruption; what is finished is read, not repeated. Writes variants.json, variants.md and
 curves.png.
 """
@@ -37,7 +37,7 @@ def variants(teacher_cache: str, width: str) -> dict[str, TokenizerRun]:
         "G+R, neither": without_merging(without_alignment(both)),
         "G": g,
         "R": r,
-        "G+R, one K": at_one_k(both),
+        "G+R, merging only": without_recovery(without_alignment(both)),
     }
     return {
         name: replace(run, data=replace(run.data, teacher_cache=teacher_cache)) if run.model.alignment.enabled else run
@@ -53,19 +53,18 @@ def without_alignment(run: TokenizerRun) -> TokenizerRun:
     )
 
 
-def without_merging(run: TokenizerRun) -> TokenizerRun:
-    """Nothing is merged, so there is nothing to recover."""
+def without_recovery(run: TokenizerRun) -> TokenizerRun:
     return replace(
         run,
         model=replace(run.model, recovery=replace(run.model.recovery, enabled=False)),
         loss=replace(run.loss, weights=replace(run.loss.weights, recovery=0.0)),
-        loop=replace(run.loop, num_tokens=(run.model.num_patches,), num_tokens_probs=()),
     )
 
 
-def at_one_k(run: TokenizerRun) -> TokenizerRun:
-    """Always the K that the model is named for, instead of any of several."""
-    return replace(run, loop=replace(run.loop, num_tokens=(run.model.num_tokens,), num_tokens_probs=()))
+def without_merging(run: TokenizerRun) -> TokenizerRun:
+    """Nothing is merged, so there is nothing to recover."""
+    run = without_recovery(run)
+    return replace(run, loop=replace(run.loop, num_tokens=(run.model.num_patches,), num_tokens_probs=()))
 
 
 def of_length(run: TokenizerRun, steps: int, batch_size: int) -> TokenizerRun:

@@ -56,6 +56,7 @@ def content(report: ReconstructionReport) -> dict[str, Any]:
         "plot": data_uri(rate_distortion_plot(report), "svg+xml"),
         "columns": [view.title for view in _views(report.examples[0])] if report.examples else [],
         "examples": [_pictures(example, report) for example in report.examples],
+        "width": 10 if report.protocol["image_size"] <= 128 else 14,
     }
 
 
