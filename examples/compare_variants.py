@@ -3,9 +3,9 @@
     python examples/compare_variants.py --train "train-*.zip" --val val.zip --out variants
 
 G+R with alignment on and off, with merging and without (K = L all the time), then G and R, and G+R that merges and has
-neither alignment nor recovery, all for the same number of images, with the preset's seed. Every training and measurement is resumable: start the
-command again after an interruption; what is finished is read, not repeated. Writes variants.json, variants.md and
-curves.png.
+neither alignment nor recovery, all for the same number of images, with the preset's seed. Every training and
+measurement is resumable: start the command again after an interruption; what is finished is read, not repeated. Writes
+variants.json, variants.md and curves.png.
 """
 
 import argparse
