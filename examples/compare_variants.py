@@ -13,12 +13,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 import mergevq
+from mergevq.configuration import config_to_dict
+from mergevq.data.loader import evaluation_batches
 from mergevq.data.sources import evaluation_images, training_images
+from mergevq.evaluation.protocol import now, versions
 from mergevq.files import atomic_path, write_json
 from mergevq.layers.pretrained import weights_checksum
 from mergevq.metrics.probe_config import LinearConfig, ProbeConfig
@@ -107,14 +111,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         mergevq.write_teacher_cache("lite0", train, teacher, size=64, device=options.device)
     rows = []
     for name, run in runs.items():
-        out = options.out / "".join(c if c.isalnum() else "_" for c in name)
+        out = folder(options.out, name)
         run = of_length(run, options.steps or run.loop.steps, options.batch_size or run.loop.batch_size)
         train_one(run, out, train, val)
         rows.append({"run": name, **measure(out, train, val, baselines(known)[name], options)})
-        write_json(options.out / "variants.json", {"runs": rows})
-        with atomic_path(options.out / "variants.md") as temporary:
-            temporary.write_text(table(rows))
-        draw_curves({row["run"]: row["log"] for row in rows}, options.out / "curves.png")
+    # Last and one after the other, so that nothing else that this command does runs beside it.
+    for row, speed in zip(rows, speeds([folder(options.out, name) for name in runs], val, options.device), strict=True):
+        row["speed"] = speed
+    write_json(options.out / "variants.json", {"runs": rows})
+    with atomic_path(options.out / "variants.md") as temporary:
+        temporary.write_text(table(rows))
+    draw_curves({row["run"]: row["log"] for row in rows}, options.out / "curves.png")
     print(table(rows))
 
 
@@ -127,7 +134,18 @@ def baselines(runs: dict[str, TokenizerRun]) -> dict[str, tuple[str, ...]]:
     }
 
 
+def folder(out: Path, name: str) -> Path:
+    """Where a run lies."""
+    return out / "".join(c if c.isalnum() else "_" for c in name)
+
+
 def train_one(run: TokenizerRun, out: Path, train: Any, val: Any) -> None:
+    """Trains what is not trained yet; a run of other settings in its folder is refused."""
+    if (out / "run.json").exists():
+        found = json.loads((out / "run.json").read_text())
+        images = {"train": len(train), "val": len(val)}
+        if (found["config"], found["images"]) != (json.loads(json.dumps(config_to_dict(run))), images):
+            raise SystemExit(f"{out} holds a run of other settings or images: choose another --out, or remove it")
     if not finished(out, run.loop.steps):
         resume = (out / "state" / "state.json").exists()
         mergevq.train_tokenizer(run, out, train_data=train, val_data=val, resume=resume)
@@ -151,13 +169,16 @@ def measure(out: Path, train: Any, val: Any, others: Sequence[str], options: arg
         "images": options.images,
         "epochs": options.epochs,
         "baselines": list(others),
+        "train": train.fingerprint(),
+        "val": val.fingerprint(),
+        "device": torch.device(options.device).type,
+        "versions": versions(),
     }
     if file.exists():
         found: dict[str, Any] = json.loads(file.read_text())
-        if found["measured"] == wanted:
+        if found.get("measured") == wanted:
             return found
-    patches = tok.config.num_patches
-    counts = (patches, patches * 9 // 16, patches // 4)
+    counts = three_counts(tok)
     report = mergevq.evaluate_reconstruction(tok, val, counts, limit=options.images)
     features = mergevq.evaluate_representation(
         tok,
@@ -185,25 +206,76 @@ def measure(out: Path, train: Any, val: Any, others: Sequence[str], options: arg
     return found
 
 
+@torch.no_grad()
+def speeds(folders: Sequence[Path], val: Any, device: str, batch_size: int = 16, times: int = 7) -> list[Any]:
+    """Images encoded and decoded a second by every run at each K: medians, all runs in turn."""
+    toks = [mergevq.MergeVQ.from_pretrained(out, device=device) for out in folders]
+    batch = next(iter(evaluation_batches(val, toks[0].config.image_size, batch_size=batch_size, workers=0)))
+    images = batch["image"].to(device)
+    counts = [three_counts(tok) for tok in toks]
+    seconds: list[dict[int, list[tuple[float, float]]]] = [{k: [] for k in each} for each in counts]
+    for turn in range(times + 1):
+        for tok, found in zip(toks, seconds, strict=True):
+            for k, taken in found.items():
+                start = now(images.device)
+                tokens = tok.encode(images, k)
+                middle = now(images.device)
+                tok.decode(tokens)
+                if turn:  # The first one warms up.
+                    taken.append((middle - start, now(images.device) - middle))
+    return [
+        {
+            str(k): dict(
+                zip(("encode", "decode"), (len(images) / median(x) for x in zip(*taken, strict=True)), strict=True)
+            )
+            for k, taken in found.items()
+        }
+        for found in seconds
+    ]
+
+
+def three_counts(tok: mergevq.MergeVQ) -> tuple[int, int, int]:
+    """All patches, nine sixteenths of them, a quarter."""
+    patches = tok.config.num_patches
+    return patches, patches * 9 // 16, patches // 4
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The comparison in Markdown: a row for each run and K, then the baselines."""
+    """The comparison in Markdown: how it was made, a row for each run and K, then the baselines."""
     probed = [f"{kind} k-NN, linear %" for kind in KINDS]
     heads = ["run", "K", "PSNR dB", "FD", "KD", "distinct", *probed, "encode/s", "decode/s"]
-    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    lines = [how(rows[0]), "", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for row in rows:
         probes = row["representation"]["rows"]
         for found in row["reconstruction"]["rows"]:
             k = found["num_tokens"]
             scores = [score(probe) for kind in KINDS for probe in probes if of(probe, kind, k)]
             numbers = [f"{found['psnr']['mean']:.2f}", *(short(found[name]) for name in ("frechet", "kernel"))]
-            speeds = [f"{found[name]:.0f}" for name in ("encode_per_second", "decode_per_second")]
-            numbers += [f"{found['distinct_tokens']:.1f}", *scores, *speeds]
-            lines.append(f"| {row['run']} | {k} | {' | '.join(numbers)} |")
+            numbers.append(f"{found['distinct_tokens']:.1f}")
+            speed = [f"{row['speed'][str(k)][name]:.0f}" for name in ("encode", "decode")]
+            lines.append(f"| {' | '.join([row['run'], str(k), *numbers, *scores, *speed])} |")
     for row in rows:
         others = [f"{probe['name']} {score(probe)}" for probe in row["representation"]["rows"] if not mine(probe)]
         lines += ["", f"{row['run']}, baselines: {'; '.join(others)}"] if others else []
     lines += ["", *(f"{row['run']}: trained in {row['minutes']:.0f} minutes" for row in rows), ""]
     return "\n".join(lines)
+
+
+def how(row: dict[str, Any]) -> str:
+    """One paragraph on how the numbers came about."""
+    loop, first, second = row["config"]["loop"], row["reconstruction"]["protocol"], row["representation"]["protocol"]
+    machine = ", ".join(f"{name} {value}" for name, value in first["hardware"].items())
+    half = 100 * max(
+        (high - low) / 2
+        for probe in row["representation"]["rows"]
+        for low, high in (probe[name]["score"]["top1_interval"] for name in ("knn", "linear"))
+    )
+    return (
+        f"{loop['steps']:,} steps of {loop['batch_size']} images each, seed {loop['seed']}, {loop['precision']}. "
+        f"PSNR, FD and KD ({first['network']['name']}) of {first['images']:,} held-out images; k-NN and linear probe: "
+        f"{second['train']['images']:,} training images, {second['test']['images']:,} test images, top-1, "
+        f"± {half:.1f} at most (95 %, by the test images). Measured in {first['precision']}; {machine}."
+    )
 
 
 def mine(probe: dict[str, Any]) -> bool:
@@ -223,28 +295,35 @@ def short(value: float | None) -> str:
 
 
 def draw_curves(logs: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
-    """PSNR of held-out images at each K, their perceptual distance at the largest, and the alignment loss, by step."""
+    """By step: PSNR and perceptual distance of held-out images at each K, and the alignment loss in training."""
     from matplotlib.figure import Figure
 
-    counts = sorted({record["num_tokens"] for log in logs.values() for record in log if record["kind"] == "val"})
-    charts = [("psnr", k, f"PSNR, dB, K = {k}") for k in reversed(counts)]
-    charts += [("perceptual", counts[-1], f"perceptual distance, K = {counts[-1]}"), ("alignment", None, "alignment")]
-    columns = min(3, len(charts))
-    lines = -(-len(charts) // columns)
-    figure = Figure(figsize=(4 * columns, 3 * lines), layout="constrained")
-    for axes, (value, k, title) in zip(figure.subplots(lines, columns, squeeze=False).flat, charts, strict=False):
-        for name, log in logs.items():
-            found = [r for r in log if r["kind"] == "val" and value in r and (k is None or r["num_tokens"] == k)]
-            if k is None:  # One line a run: at its largest K.
-                found = [r for r in found if r["num_tokens"] == max(r["num_tokens"] for r in found)]
-            if found:
-                axes.plot([r["step"] for r in found], [r[value] for r in found], "o-", markersize=3, label=name)
-        axes.set_title(title, fontsize=9)
+    panels: list[tuple[str, int | None, str]]
+    panels = [("psnr", i, f"PSNR in dB, {name}") for i, name in enumerate(("K = L", "K = 9/16 L", "K = L/4"))]
+    panels += [("perceptual", 0, "perceptual distance, K = L"), ("perceptual", 2, "perceptual distance, K = L/4")]
+    panels += [("alignment", None, "alignment loss, training images")]
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    for axes, (value, place, title) in zip(figure.subplots(2, 3).flat, panels, strict=True):
+        for number, (name, log) in enumerate(logs.items()):
+            points = curve(log, value, place)
+            if points:
+                axes.plot(*zip(*points, strict=True), ".-", color=f"C{number}", label=name)
+        axes.set_title(title, fontsize=10)
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=7, frameon=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
+
+
+def curve(log: Sequence[dict[str, Any]], value: str, place: int | None) -> list[tuple[int, float]]:
+    """Step and value of the training records, or of the validations at the K of this place, largest first."""
+    if place is None:
+        return [(record["step"], record[value]) for record in log if record["kind"] == "train" and value in record]
+    found = [record for record in log if record["kind"] == "val"]
+    k = sorted({record["num_tokens"] for record in found}, reverse=True)[place]
+    return [(record["step"], record[value]) for record in found if record["num_tokens"] == k]
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def test_compare_variants_trains_each_once_and_measures_it(tmp_path: Path, capsy
     assert [row["run"] for row in rows] == ["G+R", "G+R, neither"]
     logs = [(tmp_path / "out" / name / "log.jsonl").read_text() for name in ("G_R", "G_R__neither")]
     assert ["alignment" in log for log in logs] == [True, False]
-    assert [line.split(" | ")[1] for line in (tmp_path / "out" / "variants.md").read_text().splitlines()[2:5]] == [
+    assert [line.split(" | ")[1] for line in (tmp_path / "out" / "variants.md").read_text().splitlines()[4:7]] == [
         "64", "36", "16",
     ]  # fmt: skip
     assert first.count("random weights, class token, K = 64") == first.count("teacher lite0") == 1
@@ -151,13 +151,22 @@ def test_compare_variants_trains_each_once_and_measures_it(tmp_path: Path, capsy
     warmup, ema = (json.loads((tmp_path / "out" / "G_R__neither" / "run.json").read_text())["config"]["optim"][name]
                    for name in ("warmup_steps", "ema_decay"))  # fmt: skip
     assert (warmup, round(ema, 3)) == (0, 0.082)  # Of 2,500 steps 200, and a memory of 500.
+    assert set(rows[0]["speed"]) == {"64", "36", "16"} and all(x["encode"] > 0 for x in rows[0]["speed"].values())
+    example = runpy.run_path(str(ROOT / "examples" / "compare_variants.py"))
+    for row in rows:
+        for value, place in (("psnr", 0), ("perceptual", 2), ("alignment", None)):
+            aligned = row["run"] == "G+R" or value != "alignment"
+            assert len(example["curve"](row["log"], value, place)) == (1 if aligned else 0), (row["run"], value)
     with Image.open(tmp_path / "out" / "curves.png") as curves:
-        assert curves.width > 800
+        colours = {colour for _, colour in curves.convert("RGB").getcolors(1 << 24)}
+        assert {(31, 119, 180), (255, 127, 14)} <= colours, "a curve of each run"
     run_example("compare_variants.py", *words)  # All is finished: it is read.
     assert capsys.readouterr().out.splitlines()[-6:] == first.splitlines()[-6:]
     run_example("compare_variants.py", *words, "--epochs", 6)  # Measured otherwise: it is measured again.
     rows = json.loads((tmp_path / "out" / "variants.json").read_text())["runs"]
     assert [row["measured"]["epochs"] for row in rows] == [6, 6]
+    with pytest.raises(SystemExit, match="a run of other settings"):  # Nor is it taken for one of three images a step.
+        run_example("compare_variants.py", *words[:6], "--batch-size", 3, *words[8:])
 
 
 def test_token_map_shows_larger_tokens_at_smaller_k(model_file: Path, tmp_path: Path) -> None:
