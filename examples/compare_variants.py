@@ -72,8 +72,10 @@ def without_merging(run: TokenizerRun) -> TokenizerRun:
 
 
 def of_length(run: TokenizerRun, steps: int, batch_size: int) -> TokenizerRun:
-    """A shorter or longer run: its warm-up and its average's memory keep their share of the whole."""
+    """A shorter or longer run: warm-up, the average's memory and the discriminator's start keep their share of it."""
     ratio = steps / run.loop.steps
+    if run.loss.weights.adversarial > 0:
+        run = replace(run, loss=replace(run.loss, disc_start=round(run.loss.disc_start * ratio)))
     return replace(
         run,
         loop=replace(run.loop, steps=steps, batch_size=batch_size, val_every=min(run.loop.val_every, steps)),
