@@ -63,7 +63,7 @@ def test_a_run_that_was_interrupted_goes_on(
         patch.setattr("mergevq.evaluation.representation.probe_row", stop)
         assert run(options) == 130
     with monkeypatch.context() as patch:  # All features are there.
-        patch.setattr(MergeVQ, "features", stop)
+        patch.setattr(MergeVQ, "embed", stop)
         assert run(options) == 0
     capsys.readouterr()
     assert run(options) == 2 and "new exists already" in capsys.readouterr().err

@@ -206,7 +206,7 @@ def test_an_interrupted_evaluation_goes_on(
     with monkeypatch.context() as patch:  # These parts and all features are there.
         patch.setattr(overall, "evaluate_reconstruction", stop)
         patch.setattr(overall, "evaluate_generation", stop)
-        patch.setattr(MergeVQ, "features", stop)
+        patch.setattr(MergeVQ, "embed", stop)
         report = run(tiny_tokenizer, generator, photos, **options)
     assert drawn == ["reconstruction", "generation", "representation", "sanity"]
     assert [part.section() for part in report.parts.values()] == [f"<p>{name}</p>" for name in drawn]
