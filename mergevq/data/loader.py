@@ -88,6 +88,7 @@ def evaluation_batches(
     world_size: int = 1,
     limit: int | None = None,
     workers: int = 0,
+    whole_batches: bool = False,
 ) -> Iterator[Batch]:
     """Yields every image once, in order, its middle square resized to `size`; unreadable ones are left out.
 
@@ -99,6 +100,9 @@ def evaluation_batches(
         world_size: how many processes share the images.
         limit: take only so many, evenly spread over the data set; None takes all.
         workers: processes that read images; 0 reads in this one, as a data set with cached images always does.
+        whole_batches: give this process every `world_size`-th batch of those that one process would see, instead of
+            batches of its own images. Then no number depends on how many processes there are, as the last digits of a
+            network's output may depend on the batch; but a process may have a batch more than another, or none.
 
     Raises:
         DataError: this process could read none of its images.
@@ -107,8 +111,11 @@ def evaluation_batches(
     count = total if limit is None else min(limit, total)
     if batch_size < 1 or count < 1:
         raise ConfigError(f"expected a batch_size and a limit of at least 1, got {batch_size} and {limit}")
-    numbers = [i * total // count for i in range(count)][rank::world_size]
-    order = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
+    numbers = [i * total // count for i in range(count)]
+    mine = numbers if whole_batches else numbers[rank::world_size]
+    order = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    if whole_batches:
+        order = order[rank::world_size]
     return _load(dataset, _Evaluation(dataset, size), order, workers)
 
 

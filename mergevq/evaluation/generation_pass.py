@@ -68,6 +68,8 @@ class Worker:
     ) -> dict[str, Tensor]:
         """Returns of this process's share of real images: number, features, and of some the distinct tokens at each K.
 
+        Batches are the same for any number of processes.
+
         Args:
             images: all of them.
             side: pixels.
@@ -87,6 +89,7 @@ class Worker:
             world_size=self.processes.world_size,
             limit=limit,
             workers=2 if total > 256 else 0,
+            whole_batches=True,
         )
         try:
             for batch in batches:

@@ -23,9 +23,16 @@ TWO = HardwareConfig(accelerator="cpu", devices=2, strategy="ddp_fork")
 TIMES = {"encode_per_second", "decode_per_second", "generate_per_second", "seconds", "processes", "notes"}
 
 
-class Colour(nn.Module):
+class Edges(nn.Module):
+    """Its last digits depend on the batch, as those of every convolution do: one image alone is added up otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        rng = torch.Generator().manual_seed(5)
+        self.weight = nn.Parameter(torch.rand(8, 3, 3, 3, generator=rng) - 0.5)
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images.mean((2, 3))
+        return nn.functional.conv2d(images, self.weight).relu().mean((2, 3))
 
 
 class Noise:
@@ -50,8 +57,8 @@ def evaluated(fabric: Any, models: tuple, photos: Path, out: Path, options: dict
     probes = ProbeConfig(probes=("knn",), ks=(1,))
     try:
         report = evaluate_all(
-            *models, photos, num_tokens=20, network=Colour(), perceptual=None, probes=probes, num_images=3,
-            batch_size=2, out=out, command="again", **options,
+            *models, photos, num_tokens=20, network=Edges(), perceptual=None, probes=probes, num_images=3,
+            batch_size=3, out=out, command="again", **options,
         )  # fmt: skip
         found = {**report.to_json(), "sections": [part.section() for part in report.parts.values()]}
     except MergeVQError as error:
@@ -70,6 +77,7 @@ def test_two_processes_measure_what_one_does(
 ) -> None:
     monkeypatch.setattr("mergevq.evaluation.overall.section", lambda name, found: f"<p>{name}</p>")
     images = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    # Eight images to look at are three batches for two processes, the last of which is smaller.
     names = [f"{part}/{kind}/{i}.png" for part in ("train", "val") for kind in ("cat", "dog") for i in range(4)]
     write_images(tmp_path / "photos", images, names)
     models = (tiny_tokenizer, Noise(tiny_tokenizer))

@@ -136,6 +136,11 @@ def test_evaluation_sees_every_image_once_in_order(data: ImageFolder) -> None:
     )
     shared = [numbers(evaluation_batches(data, 16, batch_size=5, rank=r, world_size=3)) for r in range(3)]
     assert sorted(itertools.chain(*shared)) == list(range(22))
+    whole = [evaluation_batches(data, 16, batch_size=5, rank=r, world_size=3, whole_batches=True) for r in range(3)]
+    shares = [[batch["number"].tolist() for batch in share] for share in whole]
+    assert [*itertools.chain(*itertools.zip_longest(*shares))][:5] == [batch["number"].tolist() for batch in batches]
+    assert shares[2] == [list(range(10, 15))]
+    assert not [*evaluation_batches(data, 16, batch_size=22, rank=1, world_size=2, whole_batches=True)]
     assert [batch["image"].shape[2] for batch in evaluation_batches(data, 8, batch_size=22, workers=2)] == [8]
 
 
