@@ -12,6 +12,7 @@ from mergevq.errors import ShapeError
 from mergevq.evaluation.token_map import to_pil
 from mergevq.merging import SourceMap
 from mergevq.metrics.correspondence import Matches, mutual_matches
+from mergevq.tokenizer.arithmetic import arithmetic
 from mergevq.tokenizer.model import MergeVQ
 
 _FINE = 2  # Lines are drawn this many times larger and scaled down, which smooths them.
@@ -56,8 +57,8 @@ def correspond(tokenizer: MergeVQ, images: Float[Tensor, "2 3 H W"], num_tokens:
     """
     if images.ndim != 4 or len(images) != 2:
         raise ShapeError(f"expected two images [2, 3, H, W] to compare, got {list(images.shape)}")
-    # Tokens are defined in float32: under autocast features would merge otherwise than `encode`.
-    with torch.autocast(tokenizer.encoder.class_token.device.type, enabled=False):
+    # As tokens are defined: rounded, or under autocast, features would merge otherwise than `encode`.
+    with arithmetic(tokenizer.encoder.class_token.device, None):
         features = tokenizer.features(images, num_tokens, kind="patches").cpu()
     grid = (features.shape[2], features.shape[3])
     encoded = tokenizer.encode(images, grid[0] * grid[1] if num_tokens is None else num_tokens).source

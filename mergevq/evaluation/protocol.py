@@ -44,7 +44,8 @@ def hardware(device: torch.device) -> dict[str, Any]:
 def precision(device: torch.device) -> str:
     """Returns the arithmetic of networks that run in float32: which of it the device may round to fewer bits.
 
-    It never rounds while tokens are made, decoded or recovered.
+    It never rounds while an evaluation makes, decodes or recovers tokens or computes a tokenizer's features: what is
+    said is true of teachers, networks of metrics and generators.
     """
     rounded = []
     if torch.get_float32_matmul_precision() != "highest":
@@ -53,7 +54,10 @@ def precision(device: torch.device) -> str:
         rounded.append("convolutions")
     if not rounded:
         return "float32"
-    return f"float32; outside of encode and decode {' and '.join(rounded)} with fewer bits (TF32 or bf16)"
+    return (
+        f"float32; outside of encode, decode and the tokenizer's features {' and '.join(rounded)} with fewer bits "
+        "(TF32 or bf16)"
+    )
 
 
 def versions() -> dict[str, str]:

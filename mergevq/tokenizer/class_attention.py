@@ -6,6 +6,7 @@ from torch import Tensor
 
 from mergevq.errors import ConfigError, ShapeError
 from mergevq.merging import check_num_tokens, merge_schedule, unmerge
+from mergevq.tokenizer.arithmetic import arithmetic
 from mergevq.tokenizer.encoder import MergingBlock
 from mergevq.tokenizer.inputs import check_images
 from mergevq.tokenizer.model import MergeVQ
@@ -43,7 +44,7 @@ def class_attention(
         raise ConfigError(f"expected a block in {-depth}..{depth - 1} ({depth} attention blocks), got {block}")
     schedule = merge_schedule(num_patches, count, depth, config.merging.schedule, config.merging.overflow)
     device = encoder.class_token.device
-    with torch.autocast(device.type, enabled=False):
+    with arithmetic(device, None):  # As `encode` does: a map beside it is of the same tokens.
         start = encoder.embed(images.to(device, torch.float32))
         x, sizes, source = encoder.attend(*start, schedule[: block % depth])
         chosen = encoder.blocks[block]

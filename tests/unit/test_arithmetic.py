@@ -6,8 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mergevq.evaluation.correspondence import correspond
+from mergevq.evaluation.feature_sources import FeatureSetting, TokenizerFeatures
 from mergevq.evaluation.protocol import precision
 from mergevq.tokenizer.arithmetic import unrounded
+from mergevq.tokenizer.class_attention import class_attention
 from mergevq.tokenizer.config import TokenizerConfig
 from mergevq.tokenizer.model import MergeVQ
 
@@ -71,8 +74,26 @@ def test_tokens_are_made_and_drawn_without_rounding(tiny_tokenizer: MergeVQ, ima
 
 
 @pytest.mark.usefixtures("rounding")
+def test_features_and_pictures_belong_to_the_tokens(tiny_tokenizer: MergeVQ, images: torch.Tensor) -> None:
+    seen: list[str] = []
+    tiny_tokenizer.encoder.stem.register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    tiny_tokenizer.encoder.blocks[0].norm1.register_forward_hook(
+        lambda *_: seen.append(torch.get_float32_matmul_precision())
+    )
+    setting = FeatureSetting("tokenizer", "mean", 20, True)
+    for look in (
+        lambda: TokenizerFeatures(tiny_tokenizer, [setting])(images),
+        lambda: class_attention(tiny_tokenizer, images, 20),
+        lambda: correspond(tiny_tokenizer, images[:2], 20),
+    ):
+        seen.clear()
+        look()
+        assert len(seen) >= 2 and set(seen) == {"highest"}
+
+
+@pytest.mark.usefixtures("rounding")
 def test_results_say_what_is_rounded() -> None:
-    told = "float32; outside of encode and decode {} with fewer bits (TF32 or bf16)"
+    told = "float32; outside of encode, decode and the tokenizer's features {} with fewer bits (TF32 or bf16)"
     assert precision(CUDA) == told.format("matrix products and convolutions")
     assert precision(torch.device("cpu")) == told.format("matrix products")
     with unrounded(CUDA):
