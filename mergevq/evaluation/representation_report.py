@@ -13,7 +13,7 @@ from mergevq.evaluation.page import FAINT, INK, OTHER, check_packages, data_uri,
 from mergevq.evaluation.representation_result import ProbeScore, RepresentationReport, RepresentationRow
 
 _COLOURS = (INK, OTHER, "#3a7d44", "#7b4ea3", "#b03a48", "#5a6570")
-_MOST_ROWS = 12  # Drawn as points.
+_MOST_ROWS = 20  # Drawn as points.
 _NAMED_CLASSES = 20  # With a legend, and numbers in the confusion matrix.
 _LISTED_CLASSES = 30  # With a bar of their own.
 
@@ -63,6 +63,8 @@ def content(report: RepresentationReport, *, pictures: bool = True) -> dict[str,
         "accuracies": data_uri(accuracy_plot(report), "svg+xml") if scored else None,
         "curves": None if curves is None else data_uri(curves, "svg+xml"),
         "projections": data_uri(projection_picture(report), "png") if drawn else None,
+        "drawn_rows": _MOST_ROWS,
+        "not_projected": [row.name for row in report.rows[_MOST_ROWS:]],
         "best": best.name,
         "probe": f"{probe[0].upper()}{probe[1:]}" if probe != "k-NN" else probe,
         "confusion": data_uri(confusion_picture(report), "png") if drawn and scored else None,
@@ -148,6 +150,8 @@ def tokens_plot(report: RepresentationReport) -> bytes | None:
 
 def projection_picture(report: RepresentationReport) -> bytes:
     """Returns a PNG picture: test images along the first two principal components, coloured by class, of each row.
+
+    Of more than 20 rows the first 20 are drawn.
 
     Raises:
         ShapeError: the report holds no pictures.

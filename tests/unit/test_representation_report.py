@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
 
 from mergevq.errors import ShapeError
@@ -17,6 +18,7 @@ from mergevq.evaluation.representation_notes import representation_notes
 from mergevq.evaluation.representation_report import (
     accuracy_plot,
     confusion_picture,
+    content,
     projection_picture,
     render_representation,
     tokens_plot,
@@ -139,3 +141,21 @@ def test_pictures_are_drawn_of_what_was_measured() -> None:
     empty = replace(report.pictures[0], confusion=torch.zeros(0, 0, dtype=torch.int64))
     with pytest.raises(ShapeError, match="k-NN or a linear probe"):
         confusion_picture(replace(report, pictures=(empty,) * 3))
+
+
+def test_all_rows_of_a_usual_evaluation_are_drawn_and_those_left_out_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[str] = []
+    real = Axes.set_title
+    monkeypatch.setattr(Axes, "set_title", lambda self, label, **more: drawn.append(label) or real(self, label, **more))
+    for count, left_out in ((13, []), (22, ["row 20", "row 21"])):
+        rows = tuple(replace(_report().rows[0], name=f"row {i}") for i in range(count))
+        report = _report(rows=rows, pictures=_report().pictures[:1] * count)
+        drawn.clear()
+        projection_picture(report)
+        assert drawn == [f"row {i}" for i in range(min(count, 20))]
+        found = content(report, pictures=False)
+        assert found["not_projected"] == left_out
+        page = render_representation(report)
+        assert ("The first 20 rows are drawn; left out: row 20; row 21." in page) == bool(left_out)
