@@ -261,11 +261,13 @@ def evaluate_all(
     with shared_processes() as processes:
         processes.first(kept.claim)
         found = {part: _make(part, job, kept, processes, progress or _silent) for part, job in jobs.items()}
+        results = {part: made.result for part, made in found.items()}
+        facts = processes.first(lambda: image_facts(images.held_out, images.training, limit, results))
         world = processes.world_size
     protocol = {
         "data": data_name(data, images.held_out),
         "fingerprint": common["set of images"],
-        **image_facts(images.held_out, images.training, limit),
+        **facts,
         "images_limit": limit,
         "images_training": len(images.training),
         "image_size": side,

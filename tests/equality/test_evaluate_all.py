@@ -181,6 +181,28 @@ def test_images_that_a_model_may_know_are_told_of(photos: Path, tiny_tokenizer: 
     assert facts(images.part("train"), train=photos / "val") == ([16, 16, None, 0], False)
 
 
+def test_images_that_cannot_be_read_are_not_counted_as_looked_at(
+    photos: Path, tiny_tokenizer: MergeVQ, tmp_path: Path
+) -> None:
+    broken = tmp_path / "photos"
+    shutil.copytree(photos / "val", broken)
+    for path in (*sorted(broken.glob("ant/*"))[:1], *sorted(broken.glob("bee/*"))[-1:]):
+        path.write_bytes(b"no image")
+
+    def facts(data: Path, *parts: str, **options: Any) -> list[Any]:
+        report = run(tiny_tokenizer, None, data, num_tokens=20, network=None, parts=parts, **options)
+        part = report.parts[parts[0]].result["protocol"]
+        found = [report.protocol[name] for name in ("images", "images_unreadable", "shared_images")]
+        assert found[:2] == [part["images"], part["images_unreadable"]]
+        return [*found, *(note for note in report.notes() if "no held-out part" in note)]
+
+    (*found, note) = facts(broken, "reconstruction")
+    assert found == [6, 2, 6] and "they know 6 of the 6 images" in note
+    assert facts(broken, "reconstruction", train=photos / "train") == [6, 2, 0]
+    assert facts(broken, "sanity", limit=4)[:3] == [3, 1, 3]
+    assert facts(photos, "reconstruction") == [8, 0, 0]
+
+
 class Stopped(Exception):
     pass
 
