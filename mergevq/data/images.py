@@ -124,6 +124,11 @@ def image_paths(folder: str | Path) -> list[Path]:
     return [folder / name for name in sorted(found)]
 
 
+def holds_files(folder: str | Path) -> bool:
+    """Says whether there is a file in `folder` or its subfolders that is not hidden."""
+    return next(_walk(Path(folder), "", ()), None) is not None
+
+
 def _walk(folder: Path, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
     """Names of all files below, with slashes. Follows links, but not in circles."""
     real = os.path.realpath(folder)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from mergevq.data.class_folders import empty_class_folders
 from mergevq.data.folder import ImageFolder
 from mergevq.data.sources import evaluation_images, training_and_validation, training_images
 from mergevq.errors import ConfigError, DataError
@@ -33,7 +34,8 @@ def probe_images(
         test_limit: likewise of the test images.
 
     Raises:
-        DataError: there are no classes, a class has no image in one of the sets, or a test image is of no class.
+        DataError: there are no classes, a class has no image in one of the sets, its folder is empty, or a test image
+            is of no class.
         ConfigError: a limit is out of range, or a data set is given without another to test on.
     """
     if isinstance(train, ImageFolder) or isinstance(test, ImageFolder):
@@ -43,6 +45,8 @@ def probe_images(
         second = evaluation_images(test, first.classes)
     else:
         first, second = training_and_validation(train, test or "", test_fraction)
+    _check_folders(first)
+    _check_folders(second)
     if not first.classes:
         raise DataError(
             f"expected training images in class folders, got images without classes in {first.root}: put the images of "
@@ -104,6 +108,17 @@ def check_enough(labels: Sequence[int], classes: Sequence[str], config: ProbeCon
         raise DataError(
             f"expected at least {shots} training images of every class for {shots} shots, got {least} of "
             f"{classes[smallest]}: ask for fewer shots"
+        )
+
+
+def _check_folders(images: ImageFolder) -> None:
+    """Refuses a class folder without files: classes are known by their images, so that it would not be missed."""
+    empty = empty_class_folders(images)
+    if empty:
+        place = empty[0].parent
+        names = [folder.name for folder in empty if folder.parent == place]
+        raise DataError(
+            f"expected images of every class, got none of {_some(names)} in {place}: add some, or remove what is empty"
         )
 
 

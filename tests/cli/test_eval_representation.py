@@ -22,6 +22,9 @@ def place(tiny_tokenizer: MergeVQ, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     write_images("photos", images, names)
     write_images("three", images[:6], [f"{kind}/{i}.png" for kind in ("ape", "cat", "dog") for i in range(2)])
     write_images("flat", images[:3])
+    write_images("few", images, [name.replace("dog", "cow") for name in names])
+    for part in ("train", "val"):
+        Path("few", part, "dog").mkdir()
     tiny_tokenizer.save_pretrained("tok.safetensors")
     return tmp_path
 
@@ -80,6 +83,10 @@ def test_a_run_that_was_interrupted_goes_on(
 
 BAD = {
     "no classes": ("eval representation flat -o new --model tok.safetensors", "images without classes in flat"),
+    "empty class": (
+        "eval representation few -o new --model tok.safetensors",
+        "images of every class, got none of dog in few/train:",
+    ),
     "other classes": (f"{VERB} --test three", "(cat, dog), got 2 of 6 without"),
     "no class folders to test on": (f"{VERB} --test flat", "got 3 of 3 without"),
     "nothing there": (f"{VERB} --test nowhere", "nowhere"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mergevq.data.class_folders import empty_class_folders
 from mergevq.data.folder import ImageFolder
 from mergevq.data.sources import evaluation_images, training_and_validation
 from mergevq.errors import ConfigError, DataError
@@ -126,6 +127,36 @@ def test_shared_images_are_those_of_the_same_file(tmp_path: Path) -> None:
     assert ImageFolder(fill(tmp_path / "copy", files)).shared_with(whole) == 0
     packed = ImageFolder(archive(tmp_path / "x.zip", tmp_path / "x"))
     assert packed.shared_with(packed.part("train")) == 2 and packed.shared_with(whole) == 0
+
+
+def test_empty_class_folders_are_found_beside_the_others(tmp_path: Path) -> None:
+    def empty(root: Path, **options: str) -> list[str]:
+        return [path.relative_to(tmp_path).as_posix() for path in empty_class_folders(ImageFolder(root, **options))]
+
+    parts = fill(tmp_path / "x", [f"{part}/{kind}/1.png" for part in ("train", "val") for kind in ("cat", "cow")])
+    assert empty(parts) == []
+    for name in ("train/dog/deep", "val/dog", "val/.dog", "test", "train/cat/none"):
+        (parts / name).mkdir(parents=True)
+    assert empty(parts) == ["x/train/dog", "x/val/dog"]
+    assert empty(parts, part="val") == ["x/val/dog"] and empty(parts / "train") == ["x/train/dog"]
+    assert [path.parent.name for path in empty_class_folders(ImageFolder(parts / "val", classes=("cow",)))] == ["val"]
+    assert ImageFolder(parts).classes == ("cat", "cow"), "reading is as it was"
+    # A folder that holds something else is no class, nor is a part beside classes; and archives keep no folders.
+    (parts / "val" / "dog" / "notes.txt").write_text("none")
+    assert empty(parts) == ["x/train/dog"]
+    plain = fill(tmp_path / "y", ["cat/cat/1.png", "cow/1.png"])
+    (plain / "val").mkdir()
+    assert empty(plain) == []
+    (tmp_path / "z" / "dog").mkdir(parents=True)
+    packed = archive(tmp_path / "z" / "x.zip", parts)
+    assert empty(packed) == empty(tmp_path / "z") == []
+    # One class alone is none; what lies beside it is told all the same. Loose images have no class beside them.
+    single = fill(tmp_path / "s", ["train/cat/1.png"])
+    (single / "train" / "dog").mkdir()
+    assert empty(single) == ["s/train/dog"]
+    flat = fill(tmp_path / "f", ["train/1.png", "val/2.png"])
+    (flat / "train" / "dog").mkdir()
+    assert empty(flat) == []
 
 
 def test_split_leaves_an_image_on_either_side(tmp_path: Path) -> None:
