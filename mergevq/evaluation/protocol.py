@@ -41,11 +41,15 @@ def hardware(device: torch.device) -> dict[str, Any]:
     return {"device": _cpu_name(), "threads": torch.get_num_threads()}
 
 
-def precision(device: torch.device) -> str:
+def precision(device: torch.device, *, tokenizer: bool = True) -> str:
     """Returns the arithmetic of networks that run in float32: which of it the device may round to fewer bits.
 
     It never rounds while an evaluation makes, decodes or recovers tokens or computes a tokenizer's features: what is
     said is true of teachers, networks of metrics and generators.
+
+    Args:
+        device: where they are.
+        tokenizer: a tokenizer is among them, and is said to be apart. A classifier's encoder rounds as all others do.
     """
     rounded = []
     if torch.get_float32_matmul_precision() != "highest":
@@ -54,10 +58,8 @@ def precision(device: torch.device) -> str:
         rounded.append("convolutions")
     if not rounded:
         return "float32"
-    return (
-        f"float32; outside of encode, decode and the tokenizer's features {' and '.join(rounded)} with fewer bits "
-        "(TF32 or bf16)"
-    )
+    apart = "outside of encode, decode and the tokenizer's features " if tokenizer else ""
+    return f"float32; {apart}{' and '.join(rounded)} with fewer bits (TF32 or bf16)"
 
 
 def versions() -> dict[str, str]:

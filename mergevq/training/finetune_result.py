@@ -46,7 +46,7 @@ def to_json(
         prints: as `fingerprints` returns them.
     """
     model, loop = run.model, run.loop
-    measured = precision(state.fabric.device)
+    measured = precision(state.fabric.device, tokenizer=False)
     trained, _ = choose_dtype(loop.precision, state.fabric.device)
     world_size = state.fabric.world_size
     protocol = {

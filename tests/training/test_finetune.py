@@ -247,7 +247,8 @@ def test_the_result_tells_the_arithmetic_that_was_used_and_what_was_left_out(run
     protocol = read_json(tmp_path / "run" / "result.json")["protocol"]
     assert protocol["images"]["measured"] == 4 and protocol["images_unreadable"] == {"measured": 1}
     for which in ("training", "measured"):
-        assert "matrix products with fewer bits" in protocol["precision"][which], which
+        told = protocol["precision"][which]
+        assert told == "float32; matrix products with fewer bits (TF32 or bf16)", "its encoder rounds too"
 
 
 def test_validation_draws_nothing_and_leaves_no_branch_out(fabric, run, inputs):

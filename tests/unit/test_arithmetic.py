@@ -96,6 +96,8 @@ def test_results_say_what_is_rounded() -> None:
     told = "float32; outside of encode, decode and the tokenizer's features {} with fewer bits (TF32 or bf16)"
     assert precision(CUDA) == told.format("matrix products and convolutions")
     assert precision(torch.device("cpu")) == told.format("matrix products")
+    plain = "float32; matrix products with fewer bits (TF32 or bf16)"
+    assert precision(torch.device("cpu"), tokenizer=False) == plain
     with unrounded(CUDA):
         assert precision(CUDA) == "float32"
 
