@@ -42,6 +42,8 @@ def variants(teacher_cache: str, width: str) -> dict[str, TokenizerRun]:
         "G": g,
         "R": r,
         "G+R, merging only": without_recovery(without_alignment(both)),
+        "G+R, recovery apart": with_recovery_apart(both),
+        "G+R, recovery apart, no alignment": with_recovery_apart(without_alignment(both)),
     }
     return {
         name: replace(run, data=replace(run.data, teacher_cache=teacher_cache)) if run.model.alignment.enabled else run
@@ -63,6 +65,11 @@ def without_recovery(run: TokenizerRun) -> TokenizerRun:
         model=replace(run.model, recovery=replace(run.model.recovery, enabled=False)),
         loss=replace(run.loss, weights=replace(run.loss.weights, recovery=0.0)),
     )
+
+
+def with_recovery_apart(run: TokenizerRun) -> TokenizerRun:
+    """Recovery learns from the codes and has no say in them."""
+    return replace(run, loss=replace(run.loss, recovery_gradient=False))
 
 
 def without_merging(run: TokenizerRun) -> TokenizerRun:
