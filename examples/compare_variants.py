@@ -2,10 +2,10 @@
 
     python examples/compare_variants.py --train "train-*.zip" --val val.zip --out variants
 
-G+R with alignment on and off, with merging and without (K = L all the time), then G and R, and G+R that merges and has
-neither alignment nor recovery, all for the same number of images, with the preset's seed. Every training and
-measurement is resumable: start the command again after an interruption; what is finished is read, not repeated. Writes
-variants.json, variants.md and curves.png.
+G+R with alignment on and off, with merging and without (K = L all the time), then G and R, and G+R without alignment
+whose recovery is off, or learns from the codes without moving them; all for the same number of images, with the
+preset's seed. Every training and measurement is resumable: start the command again after an interruption; what is
+finished is read, not repeated. Writes variants.json, variants.md and curves.png.
 """
 
 import argparse
@@ -42,7 +42,6 @@ def variants(teacher_cache: str, width: str) -> dict[str, TokenizerRun]:
         "G": g,
         "R": r,
         "G+R, merging only": without_recovery(without_alignment(both)),
-        "G+R, recovery apart": with_recovery_apart(both),
         "G+R, recovery apart, no alignment": with_recovery_apart(without_alignment(both)),
     }
     return {
