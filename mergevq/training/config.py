@@ -76,7 +76,8 @@ class LossConfig:
     teacher_weights: str = ""
     """File of a timm teacher's weights (.safetensors); empty takes them from the hub's cache or downloads them."""
     recovery_gradient: bool = True
-    """Let the recovery loss move the encoder through the codes (straight-through)."""
+    """Let the recovery loss move the encoder through the codes (straight-through), so that maps can be predicted from
+    tokens; it costs 1 or 2 dB. Turn it off where maps are kept."""
 
 
 @dataclass(frozen=True)
