@@ -1,6 +1,6 @@
 """What a probe sees of an image: the class token, and the semantic tokens or their codes, pooled or on the grid."""
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +13,15 @@ FeatureKind = Literal["class", "mean", "class+mean", "patches"]
 """class: the class token as the attention stack leaves it, before the alignment head [B, D]. mean: the tokens, each
 weighted by its size, so that every patch counts the same [B, D]. class+mean: both side by side, the class token first
 [B, 2 D]. patches: the tokens copied to their patches, for dense tasks [B, D, rows, columns]."""
+
+
+class PooledFeatures(NamedTuple):
+    """One vector an image of every kind that a probe takes apart."""
+
+    class_token: Float[Tensor, "B D"]
+    mean: Float[Tensor, "B D"]
+    codes: Float[Tensor, "B N"]
+    """The mean of the codes, -1 or +1, by size."""
 
 
 def check_features(kind: str, quantized: bool) -> None:

@@ -20,7 +20,7 @@ from mergevq.tokenizer.arithmetic import arithmetic
 from mergevq.tokenizer.config import TokenizerConfig
 from mergevq.tokenizer.decoder import Decoder
 from mergevq.tokenizer.encoder import Encoder, EncoderOutput
-from mergevq.tokenizer.features import FeatureKind, check_features, choose_features
+from mergevq.tokenizer.features import FeatureKind, PooledFeatures, check_features, choose_features
 from mergevq.tokenizer.fingerprint import fingerprint
 from mergevq.tokenizer.inputs import check_images, kept_tokens
 from mergevq.tokenizer.model_file import read_config, write_model
@@ -46,15 +46,6 @@ class Embedded(NamedTuple):
     """The map before merging: each patch is its own token."""
     grid: tuple[int, int]
     """Rows and columns of patches."""
-
-
-class PooledFeatures(NamedTuple):
-    """One vector an image of each kind; see `FeatureKind`."""
-
-    class_token: Float[Tensor, "B D"]
-    mean: Float[Tensor, "B D"]
-    codes: Float[Tensor, "B N"]
-    """The mean of the codes, -1 or +1, by size."""
 
 
 class MergeVQ(nn.Module):
