@@ -77,7 +77,7 @@ class LossConfig:
     """File of a timm teacher's weights (.safetensors); empty takes them from the hub's cache or downloads them."""
     recovery_gradient: bool = True
     """Let the recovery loss move the encoder through the codes (straight-through), so that maps can be predicted from
-    tokens; it costs 1 or 2 dB. Turn it off where maps are kept."""
+    tokens. It cost 1 to 2 dB in small trainings (docs/results.md); turn it off where maps are kept."""
 
 
 @dataclass(frozen=True)
