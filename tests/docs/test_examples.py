@@ -128,6 +128,16 @@ def test_compare_masks_trains_each_rule_once(
     assert capsys.readouterr().out.splitlines()[-6:] == first.splitlines()[-6:]
 
 
+def test_a_shorter_compared_run_keeps_the_shares_of_its_parts() -> None:
+    example = runpy.run_path(str(ROOT / "examples" / "compare_variants.py"))
+    for name, disc_start in (("g_64", 500), ("gr_64_d32", 5000)):  # The second has no discriminator.
+        run = presets.tokenizer(name)
+        short = example["of_length"](run, run.loop.steps // 10, 8)
+        assert (short.loop.steps, short.loop.batch_size) == (run.loop.steps // 10, 8)
+        assert (short.optim.warmup_steps, short.loss.disc_start) == (run.optim.warmup_steps // 10, disc_start)
+        assert short.optim.ema_decay == pytest.approx(run.optim.ema_decay**10)
+
+
 @pytest.mark.slow
 def test_compare_variants_trains_each_once_and_measures_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for part, count in (("train", 12), ("val", 6)):
